@@ -1,0 +1,63 @@
+"""The distribution `crpo-fast`: import packages `crpo_fast` and `crpo_kernels`.
+
+Lower bounds only; `constraints.txt` holds the exact versions that are tested. `kernels/` is a
+source root and no package, because PyPI has a distribution whose import name is `kernels`.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HAS_TRITON = "platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"
+GGUF = "gguf>=0.17"  # reads the weights of the small pretrained model (crpo_fast.models)
+
+EXTRAS = {
+    "demo": [GGUF],
+    "test": [
+        GGUF,
+        "coverage>=7.6",
+        "hypothesis>=6.130",
+        "pyrefly>=1.4",
+        "pytest>=9",
+        "ruff>=0.17",
+        "setuptools>=77",  # the wheel test builds without network
+    ],
+    "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
+    "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
+    "tensorboard": ["tensorboard>=2.19"],
+    "wandb": ["wandb>=0.21"],
+    "trackio": ["trackio>=0.3"],
+    "bench": ["matplotlib>=3.10", "trl>=1.16", "liger-kernel>=0.8; platform_system == 'Linux'"],
+}
+EXTRAS["dev"] = [*EXTRAS["test"], "codespell>=2.4", "pre-commit>=4"]
+
+setup(
+    name="crpo-fast",
+    version="0.1.0",
+    description="CRPO and the GRPO family on a fused policy loss, with a lean FSDP2 trainer",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"crpo_fast": "crpo_fast", "crpo_kernels": "kernels/crpo_kernels"},
+    packages=[
+        *find_packages(".", include=["crpo_fast", "crpo_fast.*"]),
+        *find_packages("kernels", include=["crpo_kernels", "crpo_kernels.*"]),
+    ],
+    package_data={"crpo_fast": ["py.typed"], "crpo_kernels": ["py.typed"]},
+    install_requires=[
+        "jinja2>=3.1",  # chat templates
+        "numpy>=1.26",
+        "psutil>=6",
+        "rich>=13.9",
+        "safetensors>=0.6",
+        "scikit-learn>=1.5",
+        "tokenizers>=0.22",
+        "torch>=2.11",
+        "transformers>=5.16",
+        f"triton>=3.6; {HAS_TRITON}",
+        "tyro>=1.0",
+    ],
+    extras_require=EXTRAS,
+)
