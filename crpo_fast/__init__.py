@@ -1,0 +1,1 @@
+"""Train language models with CRPO and the GRPO family, fast."""
