@@ -1,0 +1,175 @@
+"""Sequences -> micro-batches under a token budget. Pure functions of records.
+
+A sequence of P prompt and C completion ids has one *row* per completion token: row P-1+j of the sequence
+predicts completion token j (labels are shifted here, once). The per-token vectors of the loss live on the
+completion tokens of all sequences of this rank, concatenated in rollout order ("flat": [N]); packing copies
+them to the rows of a micro-batch, so that weights never depend on the layout:
+
+    packed   one row of T tokens, position_ids restart at 0, no attention mask
+    padded   one sequence a row, right padded to the longest of the micro-batch (T = rows * longest)
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One prompt with one completion; ``stage_ids`` per completion token, -1 = none."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    stage_ids: list[int]
+    rollout_logprobs: list[float] | None = None
+    advantage: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward sees: T tokens, of which R are completion tokens ("rows").
+
+    Attributes:
+        input_ids: [1, T] (packed) or [B, longest] (padded), int64.
+        position_ids: like ``input_ids``.
+        attention_mask: None (packed) or bool, like ``input_ids``.
+        rows: [R] int64, where among the T flattened tokens the R completion tokens are predicted.
+        labels: [R] int64, the completion tokens.
+        source: [R] int64, for each row its index in the flat vectors.
+        cu_seqlens: [B+1] int32 over the R rows.
+        vectors: name -> [R], see ``attach``.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    rows: Tensor
+    labels: Tensor
+    source: Tensor
+    cu_seqlens: Tensor
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    def attach(self, **flat: Tensor | None) -> MicroBatch:
+        """The same micro-batch with the flat vectors [N] gathered to its rows [R]; None stays out."""
+        vectors = {name: v[self.source] for name, v in flat.items() if v is not None}
+        return replace(self, vectors={**self.vectors, **vectors})
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """All tensors on ``device``."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved, vectors={k: v.to(device) for k, v in self.vectors.items()})
+
+
+def assign(lengths: list[int], token_budget: int, *, layout: str) -> list[list[int]]:
+    """First-fit decreasing: indices of the sequences of each micro-batch, in a deterministic order.
+
+    A micro-batch costs the sum of its lengths (packed) or longest * count (padded); as lengths come in
+    descending order, the first sequence of a padded micro-batch is its longest.
+
+    Raises:
+        ValueError: a sequence is longer than ``token_budget``.
+    """
+    longest = max(lengths, default=0)
+    if longest > token_budget:
+        raise ValueError(
+            f"train.token_budget: expected at least the longest sequence, {longest} tokens, got "
+            f"{token_budget}. Type --train.token_budget {longest}."
+        )
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for b, members in enumerate(bins):
+            cost = lengths[i] if layout == "packed" else lengths[members[0]]
+            if loads[b] + cost <= token_budget:
+                members.append(i)
+                loads[b] += cost
+                break
+        else:
+            bins.append([i])
+            loads.append(lengths[i])
+    return [sorted(members) for members in bins]
+
+
+def pack(
+    sequences: list[Sequence], token_budget: int, *, layout: str = "packed", pad_id: int = 0
+) -> list[MicroBatch]:
+    """Micro-batches that hold every sequence exactly once.
+
+    Args:
+        sequences: this rank's sequences in rollout order.
+        token_budget: most tokens of one micro-batch (padding included).
+        layout: "packed" or "padded".
+        pad_id: any valid token id; its rows are ignored.
+    """
+    if layout not in ("packed", "padded"):
+        raise ValueError(f"layout: expected packed or padded, got {layout!r}.")
+    for i, sequence in enumerate(sequences):
+        if not sequence.prompt_ids or not sequence.completion_ids:
+            raise ValueError(f"sequences[{i}]: expected at least one prompt and one completion token.")
+    offsets = [0, *itertools.accumulate(len(s.completion_ids) for s in sequences)]
+    bins = assign([len(s) for s in sequences], token_budget, layout=layout)
+    build = _packed if layout == "packed" else _padded
+    return [build([sequences[i] for i in b], [offsets[i] for i in b], pad_id) for b in bins]
+
+
+def dummy(layout: str = "packed", pad_id: int = 0) -> MicroBatch:
+    """Two prompt tokens and no row, for ranks with fewer micro-batches than the others."""
+    ids, none = torch.full((1, 2), pad_id), torch.empty(0, dtype=torch.long)
+    return MicroBatch(
+        input_ids=ids,
+        position_ids=torch.arange(2)[None],
+        attention_mask=None if layout == "packed" else torch.ones_like(ids, dtype=torch.bool),
+        rows=none,
+        labels=none,
+        source=none,
+        cu_seqlens=torch.zeros(1, dtype=torch.int32),
+    )
+
+
+def _rows(sequences: list[Sequence], starts: list[int], offsets: list[int]) -> dict[str, Tensor]:
+    rows, source, ends = [], [], [0]
+    for sequence, start, offset in zip(sequences, starts, offsets, strict=True):
+        first, count = start + len(sequence.prompt_ids) - 1, len(sequence.completion_ids)
+        rows.append(torch.arange(first, first + count))
+        source.append(torch.arange(offset, offset + count))
+        ends.append(ends[-1] + count)
+    return {
+        "rows": torch.cat(rows),
+        "labels": torch.tensor([i for s in sequences for i in s.completion_ids], dtype=torch.long),
+        "source": torch.cat(source),
+        "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
+    }
+
+
+def _packed(sequences: list[Sequence], offsets: list[int], pad_id: int) -> MicroBatch:
+    del pad_id  # nothing is padded
+    starts = [0, *itertools.accumulate(len(s) for s in sequences)][:-1]
+    ids = [i for s in sequences for i in (*s.prompt_ids, *s.completion_ids)]
+    return MicroBatch(
+        input_ids=torch.tensor(ids)[None],  # [1, T]
+        position_ids=torch.cat([torch.arange(len(s)) for s in sequences])[None],
+        attention_mask=None,
+        **_rows(sequences, starts, offsets),
+    )
+
+
+def _padded(sequences: list[Sequence], offsets: list[int], pad_id: int) -> MicroBatch:
+    longest = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)  # [B, longest]
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor([*sequence.prompt_ids, *sequence.completion_ids])
+        mask[row, : len(sequence)] = True
+    return MicroBatch(
+        input_ids=ids,
+        position_ids=torch.arange(longest).expand(len(sequences), -1).contiguous(),
+        attention_mask=mask,
+        **_rows(sequences, [row * longest for row in range(len(sequences))], offsets),
+    )

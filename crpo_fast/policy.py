@@ -1,0 +1,151 @@
+"""The policy: a transformers causal LM, sharded, whose head computes the fused loss.
+
+The head's *instance* forward is patched: without ``compute`` it is the plain projection (generation), with
+it the fused function gets the unsharded weight. Everything goes through ``__call__``, so that FSDP's hooks
+fire; reaching for ``lm_head.weight`` from outside gives silently wrong gradients at more than one rank.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from crpo_fast import distributed
+from crpo_fast.distributed import World
+from crpo_fast.packing import MicroBatch
+from crpo_kernels import linear_logprobs
+
+# compute(hidden [R, D], weight [V, D], **head arguments) -> tensor or pytree of tensors
+HeadFunction = Callable[..., Any]
+
+
+class UnsupportedModelError(ValueError):
+    """The model's head does something that the fused loss does not."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A sharded model. ``model`` keeps its parameters, tying, ``generate`` and ``save_pretrained``."""
+
+    model: nn.Module
+    world: World
+    head_options: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, batch: MicroBatch, compute: HeadFunction) -> Any:
+        """``compute`` on the hidden states of the batch's rows; see ``HeadFunction``."""
+        return self.model.policy_forward(batch, compute, self.head_options)
+
+    @torch.no_grad()
+    def logprobs(self, batch: MicroBatch, temperature: float, **options: Any) -> Tensor:
+        """[R] fp32 logprobs of the labels, nats, without gradients and without stale weights after it."""
+
+        def compute(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
+            out = linear_logprobs(
+                hidden, weight, batch.labels, temperature=temperature, **head, **options
+            )
+            return out.logprobs
+
+        logprobs = self(batch, compute)
+        distributed.reshard(self.model)
+        return logprobs
+
+    def gathered(self) -> AbstractContextManager[nn.Module]:
+        """The whole model on every rank, for generation."""
+        return distributed.gathered(self.model)
+
+
+def create(
+    model: nn.Module,
+    world: World,
+    *,
+    compute_dtype: torch.dtype,
+    activation_checkpointing: bool = False,
+    freeze_head: bool = False,
+    trainable: bool = True,
+) -> Policy:
+    """Patch the head, then shard ``model`` in place.
+
+    Raises:
+        UnsupportedModelError: the model scales or caps its logits in a way the loss does not know.
+    """
+    options = head_options(model)
+    model.to(world.device)
+    model.requires_grad_(trainable)
+    if freeze_head:
+        model.get_output_embeddings().weight.requires_grad_(False)
+    if activation_checkpointing and trainable:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    install_head(model)
+    distributed.shard(model, world, methods=("policy_forward",), compute_dtype=compute_dtype)
+    model.train(trainable)
+    return Policy(model, world, options)
+
+
+def copy_weights(source: Policy, target: Policy) -> None:
+    """Copy the local shards of ``source`` into the equally sharded ``target`` (casting to its dtype)."""
+    pairs = zip(source.model.parameters(), target.model.parameters(), strict=True)
+    with torch.no_grad():
+        for a, b in pairs:
+            _local(b).copy_(_local(a))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def head_options(model: nn.Module) -> dict[str, float]:
+    """Logit scale and softcap of the model's config under the fused loss's names.
+
+    Raises:
+        UnsupportedModelError: a scale has a name that is known to exist but is not implemented here.
+    """
+    config, options = model.config, {}
+    if getattr(config, "final_logit_softcapping", None):
+        options["logit_softcap"] = float(config.final_logit_softcapping)
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale *= float(getattr(config, name, None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    if scale != 1.0:
+        options["logit_scale"] = scale
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(
+            f"model: expected an nn.Linear output head, got {type(head).__name__}. The fused loss needs "
+            "logits = hidden @ weight.T (+ bias); train another model or export this one with such a head."
+        )
+    return options
+
+
+def install_head(model: nn.Module) -> None:
+    """Give the head a second mode and the model the method ``policy_forward``."""
+    head = model.get_output_embeddings()
+    plain = head.forward
+
+    def forward(self: nn.Linear, hidden: Tensor, compute: Any = None, options: Any = None) -> Any:
+        if compute is None:
+            return plain(hidden)
+        assert not isinstance(self.weight, DTensor), "the head must run inside its FSDP unit"
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return compute(hidden, self.weight, **bias, **options)
+
+    def policy_forward(self: nn.Module, batch: MicroBatch, compute: Any, options: Any) -> Any:
+        # the batch is one opaque leaf: FSDP casts every float tensor that it finds in the arguments
+        hidden = self.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,  # with a cache, packed sequences would see each other
+        ).last_hidden_state  # [B, L, D]
+        hidden = hidden.flatten(0, 1)[batch.rows]  # [R, D]
+        return self.get_output_embeddings()(hidden, compute, options)
+
+    head.forward = types.MethodType(forward, head)
+    model.policy_forward = types.MethodType(policy_forward, model)
