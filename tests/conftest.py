@@ -1,0 +1,96 @@
+"""Fixtures and skips that all tests share.
+
+`TRITON_INTERPRET` is not set here: it has to be set before triton is imported, by the tests that
+want it, in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported by any test
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+skip_counts: Counter[str] = Counter()
+
+
+def missing(marker: str) -> str | None:
+    """Returns why tests with this marker cannot run here, or None when they can."""
+    if marker == "gpu" and not torch.cuda.is_available():
+        return "needs a CUDA or ROCm device"
+    if marker == "data" and not os.environ.get("CRPO_DATA"):
+        return "needs the published data: set CRPO_DATA to its folder"
+    if marker == "vllm" and importlib.util.find_spec("vllm") is None:
+        return "needs vLLM"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips marked tests whose means are not there, with the reason."""
+    skip_counts.clear()
+    for marker in ("gpu", "data", "vllm"):
+        reason = missing(marker)
+        marked = [item for item in items if item.get_closest_marker(marker)] if reason else []
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+        if marked:
+            skip_counts[f"{marker} ({reason})"] = len(marked)
+
+
+def pytest_report_collectionfinish() -> list[str]:
+    """Says how many tests will be skipped, by marker."""
+    return [f"will skip {count} tests marked {why}" for why, count in skip_counts.items()]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (libraries under test use the global state)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def root() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def crpo_data() -> Path:
+    """The folder of published data named by CRPO_DATA; skips when it is not set."""
+    reason = missing("data")
+    if reason:
+        pytest.skip(reason)
+    folder = Path(os.environ["CRPO_DATA"]).expanduser().resolve()
+    assert folder.is_dir(), f"CRPO_DATA: expected a folder, got {folder}"
+    return folder
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills uninitialised memory with NaN or the largest integer: code that reads it fails."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.fill_(float("nan"))
+            return (
+                tensor
+                if tensor.dtype == torch.bool
+                else tensor.fill_(torch.iinfo(tensor.dtype).max)
+            )
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
