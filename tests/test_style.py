@@ -108,9 +108,7 @@ def test_no_word_of_one_machine(pattern):
     assert found == []
 
 
-@pytest.mark.parametrize(
-    "text", ["cd /home/me/x", '"/Users/a"', "see /root/.cache", "(/work/main)"]
-)
+@pytest.mark.parametrize("text", ["cd /home/me/x", '"/Users/a"', "(/mnt/disk)"])
 def test_machine_paths_are_recognised(text):
     assert MACHINE_PATH.search(text)
     assert not MACHINE_PATH.search("runs/work/x https://host/home/x and ./root/x and a/home/b")
