@@ -1,7 +1,8 @@
 """Tables from disk: strict CSV, JSON lines and Parquet, and the label sets of the known tasks.
 
-Every refusal is a ``DataError`` that names the file, the row (data rows count from 1, the header is not
-one), the line where it differs, the column, and what to do. Nothing is repaired and nothing is dropped.
+Every refusal is a ``DataError`` that names the file, the row (data rows count from 1, the header is
+not one), the line where it differs, the column, and what to do. Nothing is repaired and nothing is
+dropped.
 """
 
 from __future__ import annotations
@@ -49,14 +50,16 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One data row: its cells by column, its number (from 1), and its first line where that says more."""
+    """One data row: cells by column, number (from 1), and first line where that says more."""
 
     cells: dict[str, Any]
     row: int
     line: int | None = None
 
 
-def where(path: Path, row: int | None = None, line: int | None = None, column: str | None = None) -> str:
+def where(
+    path: Path, row: int | None = None, line: int | None = None, column: str | None = None
+) -> str:
     """``file, row 3 (line 7), column 'label'``: the start of every message."""
     text = str(path)
     if row is not None:
@@ -72,7 +75,7 @@ def nearest(value: str, options: Iterable[str]) -> str:
 
 
 def quoted(values: Iterable[str]) -> str:
-    """``'a', 'b'``"""
+    """The values in quotes, between commas."""
     return ", ".join(repr(value) for value in values)
 
 
@@ -105,7 +108,8 @@ def _refuse_escapes(path: Path, record: Record) -> None:
             bad = next(c for c in cell if "\udc80" <= c <= "\udcff")
             raise DataError(
                 f"{where(path, record.row, record.line, column)}: expected UTF-8, got the byte "
-                f"0x{ord(bad) - 0xDC00:02x}. Save the file as UTF-8 (for example: iconv -f cp1252 -t utf-8)."
+                f"0x{ord(bad) - 0xDC00:02x}. Save the file as UTF-8 (for example: iconv -f cp1252 "
+                "-t utf-8)."
             )
 
 
@@ -126,7 +130,10 @@ def read_csv(path: Path, required: Sequence[str]) -> list[Record]:
     finally:
         csv.field_size_limit(old_limit)
     if not records:
-        raise DataError(f"{path}: expected at least one row below the header, got none. Fill the file or leave it out.")
+        raise DataError(
+            f"{path}: expected at least one row below the header, got none. Fill the file or "
+            "leave it out."
+        )
     for record in records:
         _refuse_escapes(path, record)
     return records
@@ -145,23 +152,33 @@ def _csv_records(path: Path, reader: Any, required: Sequence[str]) -> list[Recor
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{where(path, len(records) + 1, start)}: expected RFC-4180 CSV, got an error ({error}). "
-            'Quote every cell that holds a comma, a quote or a line break, and double the quotes inside it ("").'
+            f"{where(path, len(records) + 1, start)}: expected RFC-4180 CSV, got an error "
+            f"({error}). "
+            "Quote every cell that holds a comma, a quote or a line break, and double the quotes "
+            'inside it ("").'
         ) from error
     if header is None:
-        raise DataError(f"{path}: expected a header line, got an empty file. Columns needed: {quoted(required)}.")
+        raise DataError(
+            f"{path}: expected a header line, got an empty file. Columns needed: "
+            f"{quoted(required)}."
+        )
     return records
 
 
 def _checked_header(path: Path, header: list[str], required: Sequence[str]) -> list[str]:
     doubled = next((name for name in header if header.count(name) > 1), None)
     if doubled is not None:
-        raise DataError(f"{where(path, column=doubled)}: expected one column of that name, got several. Rename them.")
+        raise DataError(
+            f"{where(path, column=doubled)}: expected one column of that name, got several. "
+            "Rename them."
+        )
     require_columns(path, header, required)
     return header
 
 
-def require_columns(path: Path, found: Sequence[str], required: Sequence[str], row: int | None = None) -> None:
+def require_columns(
+    path: Path, found: Sequence[str], required: Sequence[str], row: int | None = None
+) -> None:
     """Refuses a missing column, naming the ones that are there.
 
     Raises:
@@ -171,7 +188,8 @@ def require_columns(path: Path, found: Sequence[str], required: Sequence[str], r
         if name not in found:
             hint = f" Did you mean {nearest(name, found)!r}?" if found else ""
             raise DataError(
-                f"{where(path, row, column=name)}: expected a column of that name, found {quoted(found)}.{hint} "
+                f"{where(path, row, column=name)}: expected a column of that name, found "
+                f"{quoted(found)}.{hint} "
                 "Rename the column in the file, or name the right one."
             )
 
@@ -201,16 +219,25 @@ def read_jsonl(path: Path) -> list[Record]:
         record_line = None if line == row else line
         place = where(path, row, record_line)
         if has_escape(text):
-            raise DataError(f"{place}: expected UTF-8, got another encoding. Save the file as UTF-8.")
+            raise DataError(
+                f"{place}: expected UTF-8, got another encoding. Save the file as UTF-8."
+            )
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"{place}: expected one JSON object, got an error ({error}). Correct that line.") from error
+            raise DataError(
+                f"{place}: expected one JSON object, got an error ({error}). Correct that line."
+            ) from error
         if not isinstance(value, dict):
-            raise DataError(f"{place}: expected one JSON object, got {type(value).__name__}. Write {{...}} on every line.")
+            raise DataError(
+                f"{place}: expected one JSON object, got {type(value).__name__}. Write {{...}} on "
+                "every line."
+            )
         records.append(Record(value, row, record_line))
     if not records:
-        raise DataError(f"{path}: expected at least one row, got none. Fill the file or leave it out.")
+        raise DataError(
+            f"{path}: expected at least one row, got none. Fill the file or leave it out."
+        )
     return records
 
 
@@ -225,13 +252,19 @@ def read_parquet(path: Path) -> list[Record]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"{path}: expected pyarrow for Parquet, found none. Type: pip install pyarrow") from error
+        raise DataError(
+            f"{path}: expected pyarrow for Parquet, found none. Type: pip install pyarrow"
+        ) from error
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: expected a Parquet file, got an error ({error}). Write it again.") from error
+        raise DataError(
+            f"{path}: expected a Parquet file, got an error ({error}). Write it again."
+        ) from error
     if not rows:
-        raise DataError(f"{path}: expected at least one row, got none. Fill the file or leave it out.")
+        raise DataError(
+            f"{path}: expected at least one row, got none. Fill the file or leave it out."
+        )
     return [Record(cells, number) for number, cells in enumerate(rows, start=1)]
 
 
@@ -243,7 +276,8 @@ def _cell_text(path: Path, record: Record, column: str) -> str:
         value = json.dumps(value)
     if not isinstance(value, str) or not value.strip():
         raise DataError(
-            f"{where(path, record.row, record.line, column)}: expected a non-empty text or a number, got {value!r}. "
+            f"{where(path, record.row, record.line, column)}: expected a non-empty text or a "
+            f"number, got {value!r}. "
             "Fill that cell or remove the row."
         )
     return value
@@ -252,9 +286,14 @@ def _cell_text(path: Path, record: Record, column: str) -> str:
 def _stage_texts(path: Path, record: Record, column: str) -> dict[str, str]:
     require_columns(path, list(record.cells), [column], record.row)
     value = record.cells[column]
-    if not isinstance(value, dict) or not value or not all(isinstance(v, str) and v.strip() for v in value.values()):
+    if (
+        not isinstance(value, dict)
+        or not value
+        or not all(isinstance(v, str) and v.strip() for v in value.values())
+    ):
         raise DataError(
-            f"{where(path, record.row, record.line, column)}: expected an object of stage name -> non-empty text, "
+            f"{where(path, record.row, record.line, column)}: expected an object of stage name -> "
+            "non-empty text, "
             f"got {value!r}. Write every stage, or leave the column out."
         )
     return dict(value)
@@ -287,15 +326,18 @@ def load_table(
         stages: name of a column with an object of stage name -> text (JSONL, Parquet).
 
     Returns:
-        One Row per data row, in order. All other columns are in ``Row.columns``, values that are not
-        text as JSON text.
+        One Row per data row, in order. All other columns are in ``Row.columns``, values that are
+        not text as JSON text.
 
     Raises:
         DataError: file, column or cell that cannot be used.
     """
     path = Path(path)
     if path.suffix.lower() not in _READERS:
-        raise DataError(f"{path}: expected a file that ends in {quoted(_READERS)}, got {path.suffix!r}. Convert it.")
+        raise DataError(
+            f"{path}: expected a file that ends in {quoted(_READERS)}, got {path.suffix!r}. "
+            "Convert it."
+        )
     records = _READERS[path.suffix.lower()](path)
     named = {column for column in (prompt, answer, completion, stages) if column is not None}
     for column in sorted(named):
@@ -308,7 +350,9 @@ def load_table(
             completion=_cell_text(path, record, completion) if completion else None,
             stages=_stage_texts(path, record, stages) if stages else None,
             columns={
-                key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+                key: value
+                if isinstance(value, str)
+                else json.dumps(value, ensure_ascii=False, default=str)
                 for key, value in record.cells.items()
                 if key not in named
             },

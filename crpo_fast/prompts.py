@@ -1,10 +1,11 @@
-"""A row becomes prompt token ids; a written answer becomes completion token ids.
+r"""A row becomes prompt token ids; a written answer becomes completion token ids.
 
     chat template:  [system] [user: instruction + post] <assistant header> + prefill
-    none:           {system}\\n{instruction} {post}\\n{prefill}         (empty parts are left out)
+    none:           {system}\n{instruction} {post}\n{prefill}         (empty parts are left out)
 
-The prefill is raw text behind the assistant header and its tokens belong to the prompt, so a completion
-starts where the prefill ends. Only the post is ever shortened: at its end, by whole characters.
+The prefill is raw text behind the assistant header and its tokens belong to the prompt, so a
+completion starts where the prefill ends. Only the post is ever shortened: at its end, by whole
+characters.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _join(first: str, second: str, separator: str) -> str:
 
 
 def _append_prefill(header: str, prefill: str) -> str:
-    """``header + prefill`` without repeating what the template already opened (some write ``<think>``)."""
+    """Header and prefill, without repeating what the header ends in (some open ``<think>``)."""
     overlap = next((n for n in range(len(prefill), 0, -1) if header.endswith(prefill[:n])), 0)
     return header + prefill[overlap:]
 
@@ -48,7 +49,7 @@ def render_prompt(row: Row, tokenizer: Any, *, system: str, prefill: str) -> str
 
 
 def _leading_bos(tokenizer: Any) -> list[int]:
-    """The bos token where this tokenizer puts one in front of plain text; a chat template writes its own."""
+    """The bos token where the tokenizer puts one before plain text (a template writes its own)."""
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None or getattr(tokenizer, "chat_template", None):
         return []
@@ -77,21 +78,25 @@ def _encoder(row: Row, tokenizer: Any, system: str, prefill: str) -> Callable[[s
     before, after = render(marker).split(marker)
     head, tail = _encode(before.rstrip(" "), tokenizer), _encode(after, tokenizer)
     space = before[len(before.rstrip(" ")) :]
-    return lambda text: bos + head + _encode(space + text, tokenizer, split_special_tokens=True) + tail
+    return lambda text: (
+        bos + head + _encode(space + text, tokenizer, split_special_tokens=True) + tail
+    )
 
 
 def _with_text(row: Row, text: str) -> Row:
     return Row(text, row.label, row.instruction, row.dataset_id)
 
 
-def build_prompt(row: Row, tokenizer: Any, *, system: str, prefill: str, max_length: int) -> PromptIds:
-    """Token ids of the prompt of one row, at most ``max_length`` of them.
+def build_prompt(
+    row: Row, tokenizer: Any, *, system: str, prefill: str, max_length: int
+) -> PromptIds:
+    r"""Token ids of the prompt of one row, at most ``max_length`` of them.
 
     Args:
         row: text and instruction are used.
         tokenizer: a transformers tokenizer; its chat template is used when it has one.
         system: system prompt; "" leaves it out.
-        prefill: text the answer starts with, e.g. "<think>\\n<stimulus>"; "" for none.
+        prefill: text the answer starts with, e.g. "<think>\n<stimulus>"; "" for none.
         max_length: tokens, prefill included.
 
     Returns:
@@ -107,15 +112,19 @@ def build_prompt(row: Row, tokenizer: Any, *, system: str, prefill: str, max_len
     fixed = encode("")
     if len(fixed) > max_length:
         raise ValueError(
-            f"max_length: expected at least {len(fixed)} tokens (system prompt, instruction and prefill alone, "
-            f"data set {row.dataset_id!r}), got {max_length}. Raise the prompt length to {len(fixed) + 128} or more, or "
+            f"max_length: expected at least {len(fixed)} tokens (system prompt, instruction and "
+            "prefill alone, "
+            f"data set {row.dataset_id!r}), got {max_length}. Raise the prompt length to "
+            f"{len(fixed) + 128} or more, or "
             "shorten the system prompt or the instruction; only the post is ever shortened."
         )
     kept = _longest_prefix(row.text, encode, max_length, fixed)
     return PromptIds(kept, len(ids) - len(kept))
 
 
-def _longest_prefix(text: str, encode: Callable[[str], list[int]], max_length: int, fixed: list[int]) -> list[int]:
+def _longest_prefix(
+    text: str, encode: Callable[[str], list[int]], max_length: int, fixed: list[int]
+) -> list[int]:
     """Ids with the longest beginning of ``text`` that fits, by bisection over its characters."""
     low, high, best = 0, len(text), fixed
     while high - low > 1:
@@ -140,6 +149,7 @@ def encode_completion(text: str, tokenizer: Any) -> list[int]:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "tokenizer: expected an eos token, got none. Set one, for example: tokenizer.eos_token = '<|im_end|>'."
+            "tokenizer: expected an eos token, got none. Set one, for example: "
+            "tokenizer.eos_token = '<|im_end|>'."
         )
     return [*_encode(text, tokenizer), tokenizer.eos_token_id]

@@ -1,7 +1,7 @@
 """From answers to numbers: labels, weighted F1 (scikit-learn's), confusion, bootstrap intervals.
 
-All rates are percent. An answer that names no label is wrong and stays in every denominator; the parse
-rate says how many there were. The headline of several data sets is the plain mean over them.
+All rates are percent. An answer that names no label is wrong and stays in every denominator; the
+parse rate says how many there were. The headline of several data sets is the plain mean over them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _MAX_TABLE = 64  # labels; free-form answers beyond that get no per-class table
 def classify(answer: str | None, labels: Sequence[str], match: str = "prefix") -> str | None:
     """The label that an answer names, or None.
 
-    ``prefix``: the answer starts with the label, ignoring case, and no word character follows; of several
-    the longest. ``exact``: nothing else may follow.
+    ``prefix``: the answer starts with the label, ignoring case, and no word character follows; of
+    several the longest. ``exact``: nothing else may follow.
 
     Raises:
         ValueError: ``match`` is neither.
@@ -39,7 +39,9 @@ def classify(answer: str | None, labels: Sequence[str], match: str = "prefix") -
     return None
 
 
-def _labels_of(name: str, gold: Sequence[str], predicted: Sequence[str | None], label_sets: Mapping) -> list[str]:
+def _labels_of(
+    name: str, gold: Sequence[str], predicted: Sequence[str | None], label_sets: Mapping
+) -> list[str]:
     """The declared labels, or (a task of free answers) all that occur."""
     if name not in label_sets:
         return sorted({*gold, *(p for p in predicted if p is not None)})
@@ -48,7 +50,8 @@ def _labels_of(name: str, gold: Sequence[str], predicted: Sequence[str | None], 
         for value in values:
             if value is not None and value not in labels:
                 raise ValueError(
-                    f"{column}: expected a label of {name} ({', '.join(labels)}) or None, got {value!r}. "
+                    f"{column}: expected a label of {name} ({', '.join(labels)}) or None, got "
+                    f"{value!r}. "
                     "Pass answers through classify first."
                 )
     return labels
@@ -59,7 +62,8 @@ def _groups(
 ) -> dict[str, tuple[list[str], list[str | None]]]:
     if not (len(gold) == len(predicted) == len(dataset_ids)) or not gold:
         raise ValueError(
-            f"gold, predicted, dataset_ids: expected equal lengths >= 1, got {len(gold)}, {len(predicted)}, "
+            f"gold, predicted, dataset_ids: expected equal lengths >= 1, got {len(gold)}, "
+            f"{len(predicted)}, "
             f"{len(dataset_ids)}. Pass one of each per row."
         )
     groups: dict[str, tuple[list[str], list[str | None]]] = {}
@@ -70,11 +74,15 @@ def _groups(
     return groups
 
 
-def _score_dataset(gold: list[str], predicted: list[str | None], labels: list[str]) -> dict[str, Any]:
+def _score_dataset(
+    gold: list[str], predicted: list[str | None], labels: list[str]
+) -> dict[str, Any]:
     guesses = [UNPARSEABLE if guess is None else guess for guess in predicted]
     used = [label for label in labels if label in gold or label in guesses]
     per_label = precision_recall_fscore_support(gold, guesses, labels=used, zero_division=0)
-    weighted = precision_recall_fscore_support(gold, guesses, labels=used, average="weighted", zero_division=0)
+    weighted = precision_recall_fscore_support(
+        gold, guesses, labels=used, average="weighted", zero_division=0
+    )
     scores: dict[str, Any] = {
         "weighted_f1": 100 * float(weighted[2]),
         "accuracy": 100 * float(accuracy_score(gold, guesses)),
@@ -94,16 +102,26 @@ def _per_class(labels: list[str], used: list[str], table: Any) -> dict[str, dict
     rows = {}
     for label in labels:
         precision, recall, f1, support = found.get(label, [0.0] * 4)
-        rows[label] = {"precision": 100 * precision, "recall": 100 * recall, "f1": 100 * f1, "support": int(support)}
+        rows[label] = {
+            "precision": 100 * precision,
+            "recall": 100 * recall,
+            "f1": 100 * f1,
+            "support": int(support),
+        }
     return rows
 
 
 def _confusion(gold: list[str], guesses: list[str], labels: list[str]) -> dict[str, Any]:
-    """Rows are gold labels, columns the predicted ones and ``unparseable``; percent of the gold label's rows."""
+    """Rows: gold labels. Columns: predicted ones and ``unparseable``. Percent of the row."""
     columns = [*labels, UNPARSEABLE]
     counts = confusion_matrix(gold, guesses, labels=columns)[:-1]
     percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return {"labels": labels, "columns": columns, "counts": counts.tolist(), "percent": percent.tolist()}
+    return {
+        "labels": labels,
+        "columns": columns,
+        "counts": counts.tolist(),
+        "percent": percent.tolist(),
+    }
 
 
 def score_predictions(
@@ -122,17 +140,22 @@ def score_predictions(
             whose labels are all strings that occur.
 
     Returns:
-        weighted_f1, accuracy, macro_f1 (over labels that occur in gold or predicted), parse_rate: percent,
-        means over the data sets; ``rows``; ``per_dataset[name]`` with the same and, up to 64 labels,
-        ``per_class[label]`` (precision, recall, f1, support) and ``confusion`` (labels, columns, counts, percent).
+        weighted_f1, accuracy, macro_f1 (over labels that occur in gold or predicted), parse_rate:
+        percent, means over the data sets; ``rows``; ``per_dataset[name]`` with the same and, up to
+        64 labels, ``per_class[label]`` (precision, recall, f1, support) and ``confusion`` (labels,
+        columns, counts, percent).
 
     Raises:
         ValueError: lengths differ, nothing to score, or a label outside its set.
     """
     per_dataset = {}
     for name, (labels_gold, guesses) in _groups(gold, predicted, dataset_ids).items():
-        per_dataset[name] = _score_dataset(labels_gold, guesses, _labels_of(name, labels_gold, guesses, label_sets))
-    scores: dict[str, Any] = {m: float(np.mean([s[m] for s in per_dataset.values()])) for m in METRICS}
+        per_dataset[name] = _score_dataset(
+            labels_gold, guesses, _labels_of(name, labels_gold, guesses, label_sets)
+        )
+    scores: dict[str, Any] = {
+        m: float(np.mean([s[m] for s in per_dataset.values()])) for m in METRICS
+    }
     return {**scores, "rows": len(gold), "per_dataset": per_dataset}
 
 
@@ -157,11 +180,14 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the average weighted F1, in percent.
 
-    Rows are drawn with replacement inside each data set; drawing the cells of its confusion matrix from a
-    multinomial is the same draw, and faster.
+    Rows are drawn with replacement inside each data set; drawing the cells of its confusion matrix
+    from a multinomial is the same draw, and faster.
 
     Args:
-        gold, predicted, dataset_ids, label_sets: as in ``score_predictions``.
+        gold: as in ``score_predictions``, like the next three.
+        predicted: see there.
+        dataset_ids: see there.
+        label_sets: see there.
         resamples: number of draws.
         level: percent of the draws inside the interval.
         seed: of the draws; the same seed gives the same interval.

@@ -1,18 +1,21 @@
 """Made-up posts with a planted rule, for all eight tasks in the official layout.
 
-The rule (an appraisal in Lazarus' sense) counts three signs in a post: something is at stake (threat),
-nobody helps (no resources), the writer is in distress (reaction). The label of 0, 1, 2 or 3 signs is the
-task's (``synthetic_phrases.TASKS``); no single cue decides it. Some posts hold a conflicting cue: help
-that was promised and never came, help that came after all, a danger that others see and the writer does not.
+The rule (an appraisal in Lazarus' sense) counts three signs in a post: something is at stake
+(threat), nobody helps (no resources), the writer is in distress (reaction). The label of 0, 1, 2 or
+3 signs is the task's (``synthetic_phrases.TASKS``); no single cue decides it. Some posts hold a
+conflicting cue: help that was promised and never came, help that came after all, a danger that
+    others see and the writer does not.
 
-Splits: train, val and cold_start are drawn from the same combinations of phrases and share no post; the
+Splits: train, val and cold_start are drawn from the same combinations of phrases and share no post;
+    the
 test split uses combinations that occur nowhere else, made of the same words.
 
-The written rationales (``cold_start.jsonl``) come from a *biased annotator*: where a post mentions help,
-he overlooks it with probability ``bias`` and reasons on from there. A model trained on them decodes
-greedily what he would usually write, which is wrong wherever the help mattered, while a third of its
-samples are right. That is the situation of model-written rationales, and what reinforcement learning
-against the gold rule can mend. Symmetric label noise would not do: greedy decoding is right there.
+The written rationales (``cold_start.jsonl``) come from a *biased annotator*: where a post mentions
+help, he overlooks it with probability ``bias`` and reasons on from there. A model trained on them
+decodes greedily what he would usually write, which is wrong wherever the help mattered, while a
+third of its samples are right. That is the situation of model-written rationales, and what
+reinforcement learning against the gold rule can mend. Symmetric label noise would not do: greedy
+decoding is right there.
 """
 
 from __future__ import annotations
@@ -38,9 +41,9 @@ class Knobs:
     Attributes:
         bias: probability that the annotator overlooks help which a post mentions.
         help_share: share of posts in which somebody does help.
-        pivotal: in the two-label tasks, share of posts in which exactly one of threat and distress is
-            present, so that help decides the label. (In the others it nearly always does: the two are
-            independent there.)
+        pivotal: in the two-label tasks, share of posts in which exactly one of threat and distress
+            is present, so that help decides the label. (In the others it nearly always does: the
+            two are independent there.)
         conflict: share of posts with a conflicting cue.
     """
 
@@ -53,7 +56,9 @@ class Knobs:
         for name in ("bias", "help_share", "pivotal", "conflict"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a share between 0 and 1, got {value}. Give such a number.")
+                raise ValueError(
+                    f"{name}: expected a share between 0 and 1, got {value}. Give such a number."
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,9 @@ def gold_label(task: str, threat: bool, helped: bool, distress: bool) -> str:
     return say.TASKS[task].labels[threat + (not helped) + distress]
 
 
-def _pick(rng: random.Random, first: Sequence[str], second: Sequence[str], held_out: bool) -> tuple[str, str]:
+def _pick(
+    rng: random.Random, first: Sequence[str], second: Sequence[str], held_out: bool
+) -> tuple[str, str]:
     """One combination of two slots; a fifth of the table is kept for the test split."""
     while True:
         i, j = rng.randrange(len(first)), rng.randrange(len(second))
@@ -86,12 +93,17 @@ def _pick(rng: random.Random, first: Sequence[str], second: Sequence[str], held_
             return first[i], second[j]
 
 
-def _help_clause(rng: random.Random, helped: bool, conflict: bool, held_out: bool) -> tuple[str, str]:
+def _help_clause(
+    rng: random.Random, helped: bool, conflict: bool, held_out: bool
+) -> tuple[str, str]:
     """(who, clause). With conflict: help that came after all, or help that fell away."""
     if helped:
         who, way = _pick(rng, say.PEOPLE, say.WAYS, held_out)
         nobody = rng.choice(say.NOBODY)
-        return who, f"at first {nobody} did but now my {who} {way}" if conflict else f"my {who} {way}"
+        return (
+            who,
+            f"at first {nobody} did but now my {who} {way}" if conflict else f"my {who} {way}",
+        )
     if conflict:
         who, gone = _pick(rng, say.PEOPLE, say.GONE, held_out)
         return who, f"my {who} {gone}"
@@ -134,14 +146,18 @@ def annotate(rng: random.Random, task: str, post: Post, bias: float) -> tuple[di
     stages = {
         "stimulus": rng.choice(say.SAY_STIMULUS).format(gist=post.gist),
         "primary_appraisal": rng.choice(say.SAY_THREAT if post.threat else say.SAY_NO_THREAT),
-        "secondary_appraisal": rng.choice(say.SAY_HELP if sees_help else say.SAY_NO_HELP).format(who=post.who),
+        "secondary_appraisal": rng.choice(say.SAY_HELP if sees_help else say.SAY_NO_HELP).format(
+            who=post.who
+        ),
         "reaction": rng.choice(say.SAY_DISTRESS if post.distress else say.SAY_CALM),
         "mental_state": rng.choice(say.SAY_STATE).format(count=say.COUNTS[signs], label=label),
     }
     return stages, label
 
 
-def _posts(task: str, split: str, count: int, seed: int, knobs: Knobs, seen: set[str]) -> Iterator[tuple[random.Random, Post]]:
+def _posts(
+    task: str, split: str, count: int, seed: int, knobs: Knobs, seen: set[str]
+) -> Iterator[tuple[random.Random, Post]]:
     """``count`` posts that are not in ``seen`` (which grows), and the generator they came from."""
     rng = random.Random(f"{seed}/{task}/{split}")
     made = 0
@@ -153,7 +169,9 @@ def _posts(task: str, split: str, count: int, seed: int, knobs: Knobs, seen: set
             seen.add(post.text)
             made += 1
             yield rng, post
-    raise ValueError(f"{split}: expected {count} different posts of {task}, got {made}. Ask for fewer rows.")
+    raise ValueError(
+        f"{split}: expected {count} different posts of {task}, got {made}. Ask for fewer rows."
+    )
 
 
 def _write_csv(path: Path, task: str, posts: Iterator[tuple[random.Random, Post]]) -> None:
@@ -165,11 +183,18 @@ def _write_csv(path: Path, task: str, posts: Iterator[tuple[random.Random, Post]
             writer.writerow((post.text, label, say.TASKS[task].instruction))
 
 
-def _write_cold_start(path: Path, task: str, posts: Iterator[tuple[random.Random, Post]], bias: float) -> None:
+def _write_cold_start(
+    path: Path, task: str, posts: Iterator[tuple[random.Random, Post]], bias: float
+) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for rng, post in posts:
             stages, label = annotate(rng, task, post, bias)
-            row = {"text": post.text, "label": label, "mental_prompt": say.TASKS[task].instruction, "stages": stages}
+            row = {
+                "text": post.text,
+                "label": label,
+                "mental_prompt": say.TASKS[task].instruction,
+                "stages": stages,
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -180,7 +205,8 @@ def _refuse_foreign_files(root: Path, datasets: Sequence[str]) -> None:
     for name in datasets:
         if (root / name).is_dir() and any((root / name).iterdir()):
             raise DataError(
-                f"{root / name}: expected an empty folder or one that this generator wrote, found other files. "
+                f"{root / name}: expected an empty folder or one that this generator wrote, found "
+                "other files. "
                 "Choose another root for the made-up data."
             )
 
@@ -204,8 +230,14 @@ def write_corpus(
     Args:
         root: folder; made when missing. ``<root>/synthetic.json`` records the arguments.
         seed: of everything random.
-        train, val, test, cold_start: rows of each data set.
-        bias, help_share, pivotal, conflict: see ``Knobs``.
+        train: rows of each data set, like the next three.
+        val: rows.
+        test: rows.
+        cold_start: rows.
+        bias: see ``Knobs``, like the next three.
+        help_share: share of posts.
+        pivotal: share of posts.
+        conflict: share of posts.
         datasets: names out of the eight.
 
     Returns:
@@ -213,17 +245,23 @@ def write_corpus(
 
     Raises:
         DataError: the folder holds data that this generator did not write.
-        ValueError: a share outside 0..1, an unknown data set, a size below 1, or more rows than there are posts.
+        ValueError: a share outside 0..1, an unknown data set, a size below 1, or more rows than
+            there are posts.
     """
     root = Path(root)
     knobs = Knobs(bias, help_share, pivotal, conflict)
     sizes = {"train": train, "val": val, "cold_start": cold_start, "test": test}
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name}: expected at least 1 row, got {size}. Give a positive number.")
+            raise ValueError(
+                f"{name}: expected at least 1 row, got {size}. Give a positive number."
+            )
     for name in datasets:
         if name not in say.TASKS:
-            raise ValueError(f"datasets: expected names out of {', '.join(say.TASKS)}, got {name!r}. Use these names.")
+            raise ValueError(
+                f"datasets: expected names out of {', '.join(say.TASKS)}, got {name!r}. Use these "
+                "names."
+            )
     _refuse_foreign_files(root, datasets)
     for name in datasets:
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -234,6 +272,15 @@ def write_corpus(
                 _write_cold_start(root / name / "cold_start.jsonl", name, posts, knobs.bias)
             else:
                 _write_csv(root / name / f"{split}_clean.csv", name, posts)
-    record = {"seed": seed, **sizes, "bias": bias, "help_share": help_share, "pivotal": pivotal, "conflict": conflict}
-    (root / MARKER).write_text(json.dumps({**record, "datasets": list(datasets)}, indent=2) + "\n", encoding="utf-8")
+    record = {
+        "seed": seed,
+        **sizes,
+        "bias": bias,
+        "help_share": help_share,
+        "pivotal": pivotal,
+        "conflict": conflict,
+    }
+    (root / MARKER).write_text(
+        json.dumps({**record, "datasets": list(datasets)}, indent=2) + "\n", encoding="utf-8"
+    )
     return {split: size * len(datasets) for split, size in sizes.items()}

@@ -1,14 +1,26 @@
-"""The words of the made-up posts: clauses built from two slots, so that whole combinations can be held out.
+"""The words of the made-up posts: clauses of two slots, so that combinations can be held out.
 
-Every cue of the rule (see ``synthetic.py``) has a table ``first slot x second slot``. All words occur in
-the training splits; some combinations occur in the test split only. Nothing here is a real person's text.
+Every cue of the rule (see ``synthetic.py``) has a table ``first slot x second slot``. All words
+occur in the training splits; some combinations occur in the test split only. Nothing here is a real
+person's text.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-PEOPLE = ("sister", "brother", "aunt", "uncle", "friend", "neighbor", "teacher", "cousin", "mother", "doctor")
+PEOPLE = (
+    "sister",
+    "brother",
+    "aunt",
+    "uncle",
+    "friend",
+    "neighbor",
+    "teacher",
+    "cousin",
+    "mother",
+    "doctor",
+)
 WAYS = (
     "helps me every day",
     "sits with me",
@@ -20,7 +32,13 @@ WAYS = (
     "lends me a hand",
 )
 NOBODY = ("nobody", "no one", "no friend", "not one person", "none of them")
-GONE = ("promised help but never came", "moved away last week", "has no time for me now", "stopped calling me", "turned me away")
+GONE = (
+    "promised help but never came",
+    "moved away last week",
+    "has no time for me now",
+    "stopped calling me",
+    "turned me away",
+)
 
 SUBJECTS = ("it", "all of this", "the whole thing", "this")
 THREAT = (
@@ -41,12 +59,19 @@ NO_THREAT = (
 )
 
 WHEN = ("most nights i", "since then i", "these days i", "at home i")
-DISTRESS = ("cannot sleep", "shake and cry", "lie awake in fear", "feel my heart race", "cannot eat", "break down")
+DISTRESS = (
+    "cannot sleep",
+    "shake and cry",
+    "lie awake in fear",
+    "feel my heart race",
+    "cannot eat",
+    "break down",
+)
 CALM = ("sleep well", "stay calm", "eat and rest", "laugh about it", "breathe easy", "keep my pace")
 
 DAYS = ("today", "yesterday", "last week", "this month", "again")
 
-# What the written reasoning says of each cue; several wordings, so that a policy has something to explore.
+# What the written reasoning says of each cue; several wordings leave a policy room to explore.
 SAY_STIMULUS = ("the post tells of {gist}", "it began with {gist}", "{gist} came up")
 SAY_THREAT = ("much is at stake", "a real threat to plans")
 SAY_NO_THREAT = ("little is at stake", "a small and passing matter")
