@@ -1,21 +1,24 @@
-"""Stages of a completion: which part of the text each is, which tokens it holds, what its entropy costs.
+r"""Stages of a completion: where each is, which tokens it holds, what their entropy costs.
 
     <think>
-    <stimulus> ... </stimulus><primary_appraisal> ... </primary_appraisal> ... </think><answer> ... </answer>
+    <stimulus> ... </stimulus><primary_appraisal> ... </primary_appraisal> ... </think>
+    <answer> ... </answer>
 
-Spans. Stage k holds the text between the first ``<tag>`` and the first ``</tag>``, if the open tag comes first;
-the prompt ends with the prefill ``<think>\\n<stimulus>``, so where the first stage has a close tag and no open
-tag it begins at offset 0. A token belongs to a stage when it lies wholly inside its span, every other token has
--1; where malformed text makes spans overlap, the later stage wins. Offsets come from the sampled ids.
+Spans. Stage k holds the text between the first ``<tag>`` and the first ``</tag>``, if the open tag
+comes first; the prompt ends with the prefill ``<think>\n<stimulus>``, so where the first stage
+has a close tag and no open tag it begins at offset 0. A token belongs to a stage when it lies
+wholly inside its span, every other token has -1; where malformed text makes spans overlap, the
+later stage wins. Offsets come from the sampled ids.
 
-Schedule. beta_k for k = 1..K, tau = (K + 2) / 2 unless given, h = max(tau - 1, K - tau); all are odd about tau
-and bounded by the magnitude M. beta_k > 0 is a penalty on entropy (commit), beta_k < 0 a bonus (explore):
+Schedule. beta_k for k = 1..K, tau = (K + 2) / 2 unless given, h = max(tau - 1, K - tau); all are
+odd about tau and bounded by the magnitude M. beta_k > 0 is a penalty on entropy (commit), beta_k
+< 0 a bonus (explore):
 
     tanh      M tanh(k - tau)                       the paper's; M = .06
     linear    M (k - tau) / h
     cosine    M sin(pi (k - tau) / (2 h))           half a cosine wave, flat where it ends
     step      M sign(k - tau)
-    explicit  every stage's own ``coef``            in the other schedules a stage's ``coef`` replaces its beta_k
+    explicit  every stage's own ``coef``            elsewhere a ``coef`` replaces its stage's beta_k
 
 Source: CRPO (arXiv 2606.13176) and its authors' code.
 """
@@ -59,10 +62,12 @@ class Stage:
 
     @property
     def open(self) -> str:
+        """``<tag>``."""
         return f"<{self.tag}>"
 
     @property
     def close(self) -> str:
+        """``</tag>``."""
         return f"</{self.tag}>"
 
 
@@ -70,8 +75,8 @@ class Stage:
 class StageGrammar:
     """The stages of a completion, in order, and the schedule of their entropy coefficients.
 
-    Without stages there is no prefill and no thinking part, and the format is the answer tag alone. An empty
-    ``answer_tag`` (only without stages) makes the whole completion the answer.
+    Without stages there is no prefill and no thinking part, and the format is the answer tag
+    alone. An empty ``answer_tag`` (only without stages) makes the whole completion the answer.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -99,15 +104,17 @@ class StageGrammar:
         for key in overrides:
             if key not in valid:
                 raise ValueError(_unknown("StageGrammar.preset", key, valid))
-        stages = tuple(Stage(tag, tag, instruction) for tag, instruction in PRESETS[name])
+        stages = tuple(Stage(tag, tag, instruction) for tag, instruction in PRESETS[name].items())
         return cls(**{"stages": stages, **overrides})
 
     @property
     def names(self) -> list[str]:
+        """Of the stages, in order."""
         return [stage.name for stage in self.stages]
 
     @property
     def num_stages(self) -> int:
+        """K."""
         return len(self.stages)
 
     @property
@@ -116,7 +123,7 @@ class StageGrammar:
         return f"<{self.think_tag}>\n{self.stages[0].open}" if self.stages else ""
 
     @cached_property
-    def _tags(self) -> tuple[str, ...]:
+    def tags(self) -> tuple[str, ...]:
         """Every tag of a well-formed completion, in order."""
         answer = (f"<{self.answer_tag}>", f"</{self.answer_tag}>") if self.answer_tag else ()
         if not self.stages:
@@ -140,7 +147,7 @@ class StageGrammar:
             "linear": lambda x: x / half,
             "cosine": lambda x: math.sin(math.pi * x / (2 * half)),
             "step": lambda x: float(x > 0) - float(x < 0),
-            "explicit": lambda x: 0.0,  # never used: every stage has its coef
+            "explicit": lambda _: 0.0,  # never used: every stage has its coef
         }[self.schedule]
         return [self.magnitude * shape(k - tau) + 0.0 for k in range(1, count + 1)]  # no -0.0
 
@@ -171,28 +178,31 @@ class StageGrammar:
         return stage_ids
 
     def is_well_formed(self, completion: str) -> bool:
-        """Every tag exactly once and in order, no stage and no answer empty; text between them is tolerated."""
+        """Every tag exactly once and in order, no stage and no answer empty.
+
+        Text between the tags is tolerated; the prefill is prepended where it is absent.
+        """
         text = completion
         if self.stages and not text.lstrip().startswith(f"<{self.think_tag}>"):
             text = self.prefill + text
-        if not self._tags:
+        if not self.tags:
             return bool(text.strip())
         position = -1
-        for tag in self._tags:
+        for tag in self.tags:
             found = text.find(tag)
             if found <= position or text.find(tag, found + 1) >= 0:
                 return False
             position = found
         pairs = [(stage.open, stage.close) for stage in self.stages]
         if self.answer_tag:
-            pairs.append(self._tags[-2:])
+            pairs.append(self.tags[-2:])
         return all(text[text.find(a) + len(a) : text.find(b)].strip() for a, b in pairs)
 
     def extract_answer(self, completion: str) -> str | None:
         """What the first answer tag holds, stripped; None where there is no such pair of tags."""
         if not self.answer_tag:
             return completion.strip()
-        opened, _, rest = completion.partition(f"<{self.answer_tag}>")
+        _, _, rest = completion.partition(f"<{self.answer_tag}>")
         content, close, _ = rest.partition(f"</{self.answer_tag}>")
         return content.strip() if close else None
 
@@ -212,21 +222,23 @@ class StageGrammar:
         missing = [name for name in self.names if not contents.get(name, "").strip()]
         if missing or not answer.strip():
             raise ValueError(
-                f"contents: expected text for every stage and the answer, got none for {missing or ['answer']}. "
+                "contents: expected text for every stage and the answer, got none for "
+                f"{missing or ['answer']}. "
                 "Write a sentence for each, or leave the row out of the cold start."
             )
         filled = {"": answer, **contents}
         for name, content in filled.items():
-            if clash := next((tag for tag in self._tags if tag in content), None):
+            if clash := next((tag for tag in self.tags if tag in content), None):
                 raise ValueError(
-                    f"contents: expected no tags inside {name or 'the answer'!r}, got {clash!r}. Remove the tag."
+                    f"contents: expected no tags inside {name or 'the answer'!r}, got {clash!r}. "
+                    "Remove the tag."
                 )
         return self._join({name: content.strip() for name, content in filled.items()})
 
     def _join(self, filled: dict[str, str]) -> str:
         stages = "".join(f"{stage.open}{filled[stage.name]}{stage.close}" for stage in self.stages)
         text = stages.removeprefix(self.stages[0].open) + f"</{self.think_tag}>" if stages else ""
-        return text + (filled[""].join(self._tags[-2:]) if self.answer_tag else filled[""])
+        return text + (filled[""].join(self.tags[-2:]) if self.answer_tag else filled[""])
 
     def system_prompt(self) -> str:
         """What tells a model about the stages; empty where there is nothing to say."""
@@ -235,16 +247,17 @@ class StageGrammar:
         answer = f"<{self.answer_tag}>...</{self.answer_tag}>"
         if not self.stages:
             return f"Give the final answer between tags, with nothing else inside them: {answer}"
-        lines = [f"{i}. {s.open}...{s.close} {s.instruction}" for i, s in enumerate(self.stages, 1)]
-        return "\n".join(
-            [
-                "You assess what a person's words reveal about their state of mind, one appraisal step at a time.",
-                f"Reason between <{self.think_tag}> and </{self.think_tag}>. "
-                "Write each of these steps once, in this order, each between its own tags:",
-                *(line.rstrip() for line in lines),
-                f"Then give the final answer, one of the options you were offered and nothing else: {answer}",
-            ]
+        steps = [f"{i}. {s.open}...{s.close} {s.instruction}" for i, s in enumerate(self.stages, 1)]
+        head = (
+            "You assess what a person's words reveal about their state of mind, one appraisal step "
+            f"at a time.\nReason between <{self.think_tag}> and </{self.think_tag}>. Write each of "
+            "these steps once, in this order, each between its own tags:"
         )
+        tail = (
+            "Then give the final answer, one of the options you were offered and nothing else: "
+            f"{answer}"
+        )
+        return "\n".join([head, *map(str.rstrip, steps), tail])
 
     def _check_schedule(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -257,7 +270,8 @@ class StageGrammar:
         missing = [stage.name for stage in self.stages if stage.coef is None]
         if self.schedule == "explicit" and missing:
             raise ValueError(
-                f"schedule: expected a coef for every stage with schedule = 'explicit', got none for {missing}. "
+                "schedule: expected a coef for every stage with schedule = 'explicit', got none "
+                f"for {missing}. "
                 "Write e.g. coef = -0.05 in their [[stages]] tables, or choose schedule = 'tanh'."
             )
 
@@ -288,13 +302,15 @@ class StageGrammar:
 def _check_pair(one: str, other: str) -> None:
     if one == other:
         raise ValueError(
-            f"tag: expected different tags for the stages, thinking and the answer, got {one!r} twice. "
+            f"tag: expected different tags for the stages, thinking and the answer, got {one!r} "
+            "twice. "
             "Rename one of them."
         )
     short, long = sorted((one, other), key=len)
     if long.startswith(short):
         raise ValueError(
-            f"tag: expected no stage tag to be a prefix of another tag, got {short!r} and {long!r}. "
+            f"tag: expected no stage tag to be a prefix of another tag, got {short!r} and "
+            f"{long!r}. "
             "Rename one of them so that neither begins with the other."
         )
 

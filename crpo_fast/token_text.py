@@ -1,16 +1,17 @@
 """Where each sampled token lies in the text it stands for, without ever tokenising again.
 
-Sampled ids need not be the split that the tokenizer itself would choose, so offsets are made from the ids:
-a table id -> bytes per tokenizer, one join, one running sum of lengths. A tokenizer whose decoder is not a
-plain concatenation (WordPiece, words joined by blanks, somebody's own object with only `decode`) is read
-through its own `decode`: per token where the pieces add up to the whole, else prefix by prefix.
+Sampled ids need not be the split that the tokenizer itself would choose, so offsets are made from
+the ids: a table id -> bytes per tokenizer, one join, one running sum of lengths. A tokenizer whose
+decoder is not a plain concatenation (WordPiece, words joined by blanks, somebody's own object with
+only `decode`) is read through its own `decode`: per token where the pieces add up to the whole,
+else prefix by prefix.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-import os
 import re
 import weakref
 from bisect import bisect_left, bisect_right
@@ -31,8 +32,8 @@ class TokenText:
 
     Attributes:
         text: UTF-8 bytes, or characters where the tokenizer is read through `decode`.
-        ends: [N] non-decreasing; token i covers ``text[ends[i - 1]:ends[i]]``. A token that only begins a
-            character is empty where offsets are characters; its neighbours still order it correctly.
+        ends: [N] non-decreasing; token i covers ``text[ends[i - 1]:ends[i]]``. Where offsets are
+            characters, a token that only begins one is empty; its neighbours still order it.
     """
 
     text: bytes | str
@@ -71,7 +72,7 @@ class _ByteTable:
     def __init__(self, table: list[bytes]) -> None:
         self.table = table
 
-    def read(self, ids: list[int], tokenizer: Any) -> TokenText:
+    def read(self, ids: list[int], _tokenizer: Any) -> TokenText:
         table = self.table
         if ids and not 0 <= min(ids) <= max(ids) < len(table):
             where = next(i for i, token in enumerate(ids) if not 0 <= token < len(table))
@@ -106,7 +107,8 @@ class _Decoder:
         except (LookupError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"token_ids: expected ids that the tokenizer can decode, got {ids[:8]}"
-                f"{'...' if len(ids) > 8 else ''} ({error!r}). Use the tokenizer of the model that sampled them."
+                f"{'...' if len(ids) > 8 else ''} ({error!r}). Use the tokenizer of the model "
+                "that sampled them."
             ) from error
         if None in tokens:
             raise _bad_id(ids, tokens.index(None), "ids of the tokenizer's vocabulary")
@@ -114,7 +116,7 @@ class _Decoder:
 
 
 class _PrefixEnds(Sequence):
-    """``ends`` found lazily: the length of what the first i + 1 tokens decode to (bisect asks for few of them)."""
+    """``ends`` found lazily, for bisect: the length of what the first i + 1 tokens decode to."""
 
     def __init__(self, decode: Any, ids: list[int], whole: str) -> None:
         self.decode, self.ids, self.whole = decode, ids, whole
@@ -127,8 +129,9 @@ class _PrefixEnds(Sequence):
             raise IndexError(index)
         prefix = self.decode(self.ids[: index + 1])
         if not self.whole.startswith(prefix):  # cut inside a character, or changed by what follows
-            prefix = os.path.commonprefix([prefix, self.whole])
-        elif prefix.endswith(_REPLACEMENT) and index + 1 < len(self.ids):
+            pairs = enumerate(zip(prefix, self.whole, strict=False))
+            return next((i for i, (a, b) in pairs if a != b), len(self.whole))
+        if prefix.endswith(_REPLACEMENT) and index + 1 < len(self.ids):
             prefix = prefix.rstrip(_REPLACEMENT)
         return len(prefix)
 
@@ -149,10 +152,8 @@ def _reader_of(tokenizer: Any) -> _ByteTable | _Decoder:
     if known is not None and known[0] == size:
         return known[1]
     reader = _make_reader(tokenizer)
-    try:
+    with contextlib.suppress(TypeError):  # cannot be weakly referenced: made again the next time
         _READERS[tokenizer] = (size, reader)
-    except TypeError:  # cannot be weakly referenced
-        pass
     return reader
 
 
@@ -165,13 +166,13 @@ def _make_reader(tokenizer: Any) -> _ByteTable | _Decoder:
     if not (hasattr(tokenizer, "decode") or hasattr(tokenizer, "convert_ids_to_tokens")):
         raise ValueError(
             f"tokenizer: expected an object with decode(ids), got {type(tokenizer).__name__}. "
-            "Pass the tokenizer that belongs to the model, e.g. AutoTokenizer.from_pretrained(folder)."
+            "Pass the model's own tokenizer, e.g. AutoTokenizer.from_pretrained(folder)."
         )
     return _Decoder(tokenizer)
 
 
 def _byte_table(backend: Any) -> list[bytes] | None:
-    """id -> bytes, or None where the decoder is not a plain concatenation of bytes."""
+    """The bytes of every id, or None where the decoder is not a plain concatenation of bytes."""
     steps = _decoder_steps(backend)
     if steps == {"ByteLevel"}:
         to_bytes = _from_byte_level
@@ -248,5 +249,6 @@ def _decode_options(tokenizer: Any) -> dict[str, bool]:
 def _bad_id(ids: list[int], where: int, expected: str) -> ValueError:
     return ValueError(
         f"token_ids: expected {expected}, got {ids[where]} at position {where}. "
-        "Use the tokenizer of the model that sampled them (its vocabulary may be smaller than the model's head)."
+        "Use the tokenizer of the model that sampled them (its vocabulary may be smaller than the "
+        "model's head)."
     )

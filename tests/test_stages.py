@@ -64,7 +64,19 @@ class Joined(PieceTokenizer):
 
 
 def corpus():
-    words = "lost the job a threat friends help fear caf\u00e9 stressed <think> <answer> Yes No \u4e0d\u5b89".split()
+    words = [
+        "lost",
+        "the",
+        "job",
+        "a",
+        "threat",
+        "friends",
+        "help",
+        "fear",
+        "caf\u00e9",
+        "stressed",
+    ]
+    words += ["<think>", "<answer>", "Yes", "No", "\u4e0d\u5b89"]
     rng = random.Random(0)
     return [" ".join(rng.choices(words, k=12)) for _ in range(200)] + [TEXT]
 
@@ -334,7 +346,7 @@ def test_tensor_and_tuple_of_ids(plain):
 
 
 def mutate(rng, text):
-    pieces = [*GRAMMAR._tags, "\U0001f622", "\u00e9", "<", "</", ">", "", "Yes", "\x00", "\ud7ff"]
+    pieces = [*GRAMMAR.tags, "\U0001f622", "\u00e9", "<", "</", ">", "", "Yes", "\x00", "\ud7ff"]
     for _ in range(rng.randint(1, 6)):
         i, j = sorted(rng.choices(range(len(text) + 1), k=2))
         match rng.randrange(4):
@@ -456,7 +468,8 @@ def test_without_stages():
     assert not grammar.is_well_formed("Yes")
     whole = StageGrammar(answer_tag="")
     assert whole.extract_answer(" Yes\n") == "Yes"
-    assert whole.is_well_formed("Yes") and not whole.is_well_formed(" ")
+    assert whole.is_well_formed("Yes")
+    assert not whole.is_well_formed(" ")
     assert whole.render({}, "Yes") == "Yes"
     assert whole.system_prompt() == ""
 
@@ -467,7 +480,8 @@ def test_presets(name):
     tags = {
         "mental_r1": "stimulus primary_appraisal secondary_appraisal reaction mental_state",
         "cognition_chain": "stimulus evaluation reaction mental_state",
-        "lazarus_reappraisal": "stimulus primary_appraisal secondary_appraisal coping reappraisal mental_state",
+        "lazarus_reappraisal": "stimulus primary_appraisal secondary_appraisal coping reappraisal "
+        "mental_state",
         "scherer_cpm": "relevance implication coping_potential normative_significance mental_state",
         "cocot": "perception situation norm",
     }[name].split()

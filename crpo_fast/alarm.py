@@ -1,0 +1,129 @@
+"""The entropy alarm: a stage whose entropy runs away from where it started.
+
+Full-vocabulary entropy bonuses do explode: the pressure on one token is beta_k / (tokens of the
+stage), so a magnitude that suits stages of a hundred tokens drives stages of five into noise
+within some ten steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one step's entropies call for: messages to print, and why to stop (None: go on)."""
+
+    warnings: tuple[str, ...] = ()
+    stop: str | None = None
+
+
+class EntropyAlarm:
+    """Compares each stage's mean entropy with its start, once per optimizer step.
+
+    A stage's start is the mean over the first ``start_steps`` steps in which it occurs, at least
+    ``floor``: a stage that starts at .01 nats may reach ``factor * floor`` before anybody minds.
+
+    Args:
+        names: of the K stages.
+        warn_factor: multiple of the start above which a stage is warned about, once in a run.
+        stop_factor: multiple above which training should stop.
+        floor: nats.
+        start_steps: steps that make up the start.
+
+    Raises:
+        ValueError: factors not in 1 < warn <= stop, floor not positive, start_steps below 1.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        warn_factor: float = 3.0,
+        stop_factor: float = 10.0,
+        floor: float = 0.2,
+        start_steps: int = 3,
+    ) -> None:
+        if not 1 < warn_factor <= stop_factor:
+            raise ValueError(
+                f"warn_factor, stop_factor: expected 1 < warn <= stop, got {warn_factor} and "
+                f"{stop_factor}. "
+                "Write e.g. entropy.alarm_warn_factor = 3.0 and entropy.alarm_stop_factor = 10.0."
+            )
+        if floor <= 0 or start_steps < 1:
+            raise ValueError(
+                f"floor, start_steps: expected more than 0 nats and at least 1 step, got {floor} "
+                "and "
+                f"{start_steps}. Write e.g. entropy.alarm_floor = 0.2."
+            )
+        self.names = list(names)
+        self.warn_factor, self.stop_factor, self.floor = warn_factor, stop_factor, floor
+        self.start_steps = start_steps
+        self._first: list[list[float]] = [[] for _ in self.names]
+        self._warned = [False] * len(self.names)
+
+    def update(self, step: int, entropies: Sequence[float | None]) -> Verdict:
+        """Judge one step.
+
+        Args:
+            step: for the messages.
+            entropies: [K] mean entropy over the tokens of each stage, nats; None or NaN where the
+                step has
+                none of that stage.
+
+        Raises:
+            ValueError: not one entropy per stage.
+        """
+        if len(entropies) != len(self.names):
+            raise ValueError(
+                f"entropies: expected one per stage, {len(self.names)}, got {len(entropies)}. "
+                "Pass None for a stage that does not occur."
+            )
+        warnings, stops = [], []
+        for k, entropy in enumerate(entropies):
+            if entropy is None or math.isnan(entropy):
+                continue
+            if len(self._first[k]) < self.start_steps:
+                self._first[k].append(float(entropy))
+                continue
+            start = self._start(k)
+            if entropy > self.stop_factor * start:
+                stops.append(self._message(k, step, entropy, start, self.stop_factor))
+            elif entropy > self.warn_factor * start and not self._warned[k]:
+                self._warned[k] = True
+                warnings.append(self._message(k, step, entropy, start, self.warn_factor))
+        return Verdict(tuple(warnings), "\n".join(stops) or None)
+
+    def _start(self, k: int) -> float:
+        return max(math.fsum(self._first[k]) / len(self._first[k]), self.floor)
+
+    def _message(self, k: int, step: int, entropy: float, start: float, factor: float) -> str:
+        return (
+            f"stage {self.names[k]!r}: expected an entropy of at most {factor * start:.3g} nats "
+            f"({factor:g} times "
+            f"its start, floor {self.floor:g}), got {entropy:.3g} at step {step}. Lower "
+            "entropy.magnitude, or "
+            "set entropy.reference_length (80 suits stages of a few tokens); entropy.alarm = "
+            "false turns this off."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on judging by the same start; plain JSON types."""
+        return {"names": self.names, "first": self._first, "warned": self._warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state.
+
+        Raises:
+            ValueError: it is of other stages.
+        """
+        if state["names"] != self.names:
+            raise ValueError(
+                f"state: expected the stages {self.names}, got {state['names']}. "
+                "Resume with the stages of the checkpoint, or start a new run folder."
+            )
+        self._first = [list(map(float, values)) for values in state["first"]]
+        self._warned = list(map(bool, state["warned"]))

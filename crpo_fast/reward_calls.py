@@ -1,0 +1,277 @@
+"""How reward functions are found, called and added up.
+
+A reward function is any importable ``module:function`` with the signature that TRL uses, sync or
+async: ``f(prompts, completions, **columns) -> list[float | None]``, called with keywords, one
+value per completion; None means that it does not apply to that sample. A function without
+``**columns`` gets the arguments it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+RewardFunction = Callable[..., Any]
+Completion = str | Sequence[Mapping[str, Any]]  # text, or TRL's conversational form
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, or did not return one number (or None) per completion."""
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """Rewards of N completions.
+
+    Attributes:
+        total: [N] weighted sums of the functions that apply; NaN where none applies or one of them
+            failed.
+        parts: function name -> [N] unweighted values; None where it does not apply or failed.
+        failures: how many values were NaN or infinite.
+    """
+
+    total: list[float]
+    parts: dict[str, list[float | None]]
+    failures: int
+
+
+def load_reward(path: str) -> RewardFunction:
+    """The function that ``module:function`` names.
+
+    Raises:
+        ValueError: not of that form, not importable, not there, or not callable.
+    """
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise ValueError(
+            f"rewards.functions: expected 'module:function', got {path!r}. "
+            "Write e.g. 'crpo_fast.rewards:answer_reward' or 'my_rewards:is_short'."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"rewards.functions: expected an importable module in {path!r}, got {error!r}. "
+            "Install it, or put its folder on PYTHONPATH: PYTHONPATH=. torchrun ..."
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = [
+            n for n, v in vars(module).items() if inspect.isroutine(v) and not n.startswith("_")
+        ]
+        raise ValueError(
+            f"rewards.functions: expected a function {name!r} in {module_name}, got "
+            f"{'none' if function is None else repr(function)}. It has: "
+            f"{', '.join(found) or 'no functions'}."
+        )
+    return function
+
+
+def score(
+    functions: Sequence[RewardFunction] | Mapping[str, RewardFunction],
+    weights: Sequence[float],
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    columns: Mapping[str, Sequence[Any]],
+    **shared: Any,
+) -> RewardTable:
+    """Call every function on all completions and add up what they return.
+
+    Args:
+        functions: the functions, or name -> function; a second function of the same name gets
+            ``_2``.
+        weights: one per function.
+        prompts: N prompts.
+        completions: N completions.
+        columns: name -> N values, handed over by name.
+        shared: further keywords for every function, the same for all samples (grammar,
+            balance_weights ...).
+
+    Raises:
+        RewardError: a function raised or returned the wrong thing; names the function and a sample.
+        ValueError: the lengths of the arguments do not fit.
+    """
+    named = functions if isinstance(functions, Mapping) else _named(functions)
+    if taken := sorted({"prompts", "completions", *shared}.intersection(columns)):
+        raise ValueError(
+            f"columns: expected names that are free, got {taken}, which every reward function gets "
+            "already. Rename the column in the data file."
+        )
+    per_sample = {"prompts": prompts, "completions": completions, **columns}
+    _check_lengths(named, weights, per_sample)
+    parts: dict[str, list[float | None]] = {}
+    for name, values in _call_all(named, per_sample, shared).items():
+        parts[name] = _numbers(name, values, completions)
+    failures = sum(v is not None and not math.isfinite(v) for part in parts.values() for v in part)
+    total = [_weighted_sum(row, weights) for row in zip(*parts.values(), strict=True)]
+    clean = {name: [_finite_or_none(v) for v in part] for name, part in parts.items()}
+    return RewardTable(total if parts else [math.nan] * len(completions), clean, failures)
+
+
+def _weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float:
+    applicable = [w * v for v, w in zip(values, weights, strict=True) if v is not None]
+    total = sum(applicable) if applicable else math.nan
+    return total if math.isfinite(total) else math.nan
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _call_all(
+    named: Mapping[str, RewardFunction], per_sample: dict[str, Any], shared: dict[str, Any]
+) -> dict[str, Any]:
+    """Sync functions one after the other; what async ones return is awaited together."""
+    results: dict[str, Any] = {}
+    for name, function in named.items():
+        try:
+            results[name] = function(**_accepted(function, {**per_sample, **shared}))
+        except Exception as error:
+            for started in filter(inspect.iscoroutine, results.values()):
+                started.close()
+            raise _raised(name, function, per_sample, shared, error) from error
+    pending = {name: value for name, value in results.items() if inspect.isawaitable(value)}
+    for name, value in _await_all(pending).items():
+        if isinstance(value, Exception):
+            raise _raised(name, named[name], per_sample, shared, value) from value
+        results[name] = value
+    return results
+
+
+def _await_all(pending: dict[str, Awaitable[Any]]) -> dict[str, Any]:
+    """Name -> result or exception; a thread of its own, for a loop may be running in this one."""
+    if not pending:
+        return {}
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*pending.values(), return_exceptions=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        return dict(zip(pending, pool.submit(lambda: asyncio.run(gather())).result(), strict=True))
+
+
+def _accepted(function: RewardFunction, keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that ``function`` takes."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C: no signature to read
+        return keywords
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return keywords
+    names = {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
+    return {name: value for name, value in keywords.items() if name in names}
+
+
+def _raised(
+    name: str,
+    function: RewardFunction,
+    per_sample: dict[str, Any],
+    shared: dict[str, Any],
+    error: Exception,
+) -> RewardError:
+    """The message for an exception: the first sample that raises when it is scored alone."""
+    sample = "no single sample raises alone"
+    for i in range(len(per_sample["completions"])):
+        one = {key: values[i : i + 1] for key, values in per_sample.items()}
+        if _fails(function, {**one, **shared}):
+            sample = _sample(i, per_sample["completions"][i])
+            break
+    return RewardError(
+        f"reward {name}: expected rewards, got {error!r}; {sample}. Mend the function; it may use "
+        f"the keywords {', '.join([*per_sample, *shared])}."
+    )
+
+
+def _fails(function: RewardFunction, keywords: dict[str, Any]) -> bool:
+    try:
+        value = function(**_accepted(function, keywords))
+    except Exception:  # the caller reports the first exception; here it counts who raises
+        return True
+    return inspect.isawaitable(value) and isinstance(_await_all({"": value})[""], Exception)
+
+
+def _numbers(name: str, values: Any, completions: Sequence[Completion]) -> list[float | None]:
+    """What a function returned, checked: one number or None per completion."""
+    if isinstance(values, str | Mapping) or not hasattr(values, "__len__"):
+        raise RewardError(
+            f"reward {name}: expected a list of numbers, got {type(values).__name__}. "
+            "Return one float (or None) per completion."
+        )
+    if len(values) != len(completions):
+        first = min(len(values), len(completions))
+        at = (
+            _sample(first, completions[first])
+            if first < len(completions)
+            else "a sample that does not exist"
+        )
+        raise RewardError(
+            f"reward {name}: expected {len(completions)} values, got {len(values)}; they part at "
+            f"{at}. Return one float (or None) per completion."
+        )
+    numbers: list[float | None] = []
+    for i, value in enumerate(values):
+        try:
+            numbers.append(None if value is None else float(value))
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"reward {name}: expected a number or None, got {value!r}; "
+                f"{_sample(i, completions[i])}. Return one float (or None) per completion."
+            ) from error
+    return numbers
+
+
+def _check_lengths(
+    named: Mapping[str, RewardFunction], weights: Sequence[float], per_sample: dict[str, Any]
+) -> None:
+    if len(weights) != len(named):
+        raise ValueError(
+            f"weights: expected one per function, {len(named)}, got {len(weights)}. "
+            "Write as many rewards.weights as rewards.functions."
+        )
+    count = len(per_sample["completions"])
+    for name, values in per_sample.items():
+        if len(values) != count:
+            raise ValueError(
+                f"{name}: expected one entry per completion, {count}, got {len(values)}. "
+                "Repeat a prompt's value for each of its samples."
+            )
+
+
+def _named(functions: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
+    named: dict[str, RewardFunction] = {}
+    for function in functions:
+        inner = function
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        base = name = getattr(inner, "__name__", type(inner).__name__)
+        number = 1
+        while name in named:
+            number += 1
+            name = f"{base}_{number}"
+        named[name] = function
+    return named
+
+
+def _sample(index: int, completion: Completion) -> str:
+    text = completion_text(completion)
+    return f"sample {index}, completion {text[:120]!r}{' ...' if len(text) > 120 else ''}"
+
+
+def completion_text(completion: Completion) -> str:
+    """A completion's text; the last message of a conversation."""
+    if isinstance(completion, str):
+        return completion
+    try:
+        return completion[-1]["content"]
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"completions: expected text or a list of messages, got {completion!r}. "
+            "Pass strings, or [{'role': 'assistant', 'content': ...}]."
+        ) from error
