@@ -54,6 +54,7 @@ setup(
         "safetensors>=0.6",
         "scikit-learn>=1.5",
         "tokenizers>=0.22",
+        "tomli-w>=1.0",
         "torch>=2.11",
         "transformers>=5.16",
         f"triton>=3.6; {HAS_TRITON}",
