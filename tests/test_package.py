@@ -1,4 +1,4 @@
-"""The wheel, its neighbours on PyPI, the names of files, and what the README promises about both."""
+"""The wheel, its neighbours on PyPI, names of files, and what the README promises."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTRAS = {"demo", "test", "flash", "liger", "tensorboard", "wandb", "trackio", "
 
 
 def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
-    """Runs this Python elsewhere, with ``path`` alone as PYTHONPATH, and returns what it printed."""
+    """Runs this Python elsewhere, PYTHONPATH = ``path`` alone; returns what it printed."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
         env["PYTHONPATH"] = str(path)
@@ -86,7 +86,7 @@ def test_metadata(metadata):
     }
 
 
-# transformers uses this version range of `kernels`; decorators of the real one return their argument.
+# A version that transformers uses; the real decorators, too, return what they decorate.
 FAKE_KERNELS = """
 __version__ = "0.18.99"
 class Anything:
