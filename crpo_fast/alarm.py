@@ -112,7 +112,8 @@ class EntropyAlarm:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on judging by the same start; plain JSON types."""
-        return {"names": self.names, "first": self._first, "warned": self._warned}
+        first = [list(values) for values in self._first]
+        return {"names": list(self.names), "first": first, "warned": list(self._warned)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state.

@@ -107,6 +107,16 @@ def barrier() -> None:
     dist.barrier()
 
 
+@contextlib.contextmanager
+def main_first(world: World) -> Iterator[None]:
+    """Rank 0 runs the block (and writes files), then the others do (and find them)."""
+    if not world.is_main:
+        dist.barrier()
+    yield
+    if world.is_main:
+        dist.barrier()
+
+
 # -------------------------------------------------------------------------------------------- sharding
 
 

@@ -229,7 +229,7 @@ def load_model(
             f"model.path: expected a causal language model, got {path} of type {config.model_type!r}."
             f" Take a decoder such as the one of `{_SMOLLM2_HINT}`."
         )
-    tokenizer = _read_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=choose_attention(attention, device)[0]
@@ -270,7 +270,7 @@ def _read_config(path: str | Path) -> Any:
         ) from error
 
 
-def _read_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -59,7 +59,11 @@ class MicroBatch:
     def attach(self, **flat: Tensor | None) -> MicroBatch:
         """The same micro-batch with the flat vectors [N] gathered to its rows [R]; None stays out."""
         vectors = {name: v[self.source] for name, v in flat.items() if v is not None}
-        return replace(self, vectors={**self.vectors, **vectors})
+        return self.with_vectors(**vectors)
+
+    def with_vectors(self, **rows: Tensor) -> MicroBatch:
+        """The same micro-batch with further vectors [R]."""
+        return replace(self, vectors={**self.vectors, **rows})
 
     def to(self, device: torch.device) -> MicroBatch:
         """All tensors on ``device``."""

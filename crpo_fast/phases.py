@@ -1,0 +1,285 @@
+"""The life of a run around its optimizer steps: phases, logging, evaluation, checkpoints, the end.
+
+    Run.phases()   -> each phase that is not done yet: optimizer, loss, KL reference, resumed state
+    Phase.steps()  -> each step that is not done yet
+    finish_step    -> sync the engine, log, evaluate, save, stop on a signal
+    Run.finish     -> final evaluation, export, summary, curves
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crpo_fast import checkpoint, distributed, models, outcome
+from crpo_fast.alarm import EntropyAlarm
+from crpo_fast.checkpoint import Progress
+from crpo_fast.config import Config, PhaseConfig
+from crpo_fast.console import Reporter, step_line
+from crpo_fast.evaluate import evaluate
+from crpo_fast.experience import Experience
+from crpo_fast.loss import LossSpec, loss_spec
+from crpo_fast.metrics import JsonLines
+from crpo_fast.optim import build_optimizer
+from crpo_fast.policy import Policy
+from crpo_fast.run_folder import Resume, RunFolder, advance, phase_lengths
+from crpo_fast.session import DTYPES, Session
+from crpo_fast.task import stratified
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class MismatchError(RuntimeError):
+    """The engine samples from other weights than the trainer trains."""
+
+
+class EntropyExplosionError(RuntimeError):
+    """A stage's entropy ran away; the message gives advice and the state is saved."""
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT; all ranks agree on it once per step."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        self.received = signum
+
+
+@dataclass
+class Run:
+    """One run in its folder. ``progress`` says how far it got and is what a checkpoint stores."""
+
+    config: Config
+    session: Session
+    folder: RunFolder
+    resume: Resume
+    reporter: Reporter
+    stop: StopSignal
+    started: float
+
+    def __post_init__(self) -> None:
+        main = self.session.world.is_main
+        self.progress: Progress = self.resume.progress
+        self.metrics = JsonLines(self.folder.path / "metrics.jsonl", enabled=main)
+        self.samples = JsonLines(self.folder.path / "samples.jsonl", enabled=main)
+        for log in (self.metrics, self.samples):
+            log.keep(lambda r: r["step"] <= self.resume.progress.step)
+        self.evaluations: dict[str, Any] = {}
+        if self.resume.path is not None:
+            self.evaluations = self.folder.read_evaluations()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, earlier starts included."""
+        return self.resume.progress.seconds + time.monotonic() - self.started
+
+    def phases(self) -> Iterator[Phase]:
+        """The phases that are not done, each ready to step."""
+        if self.config.eval.untrained:
+            self.evaluate("untrained")
+        lengths = phase_lengths(self.config)
+        for index in range(self.progress.phase, len(lengths)):
+            phase = _start(self, index, lengths[index])
+            if index == self._first_trained_by_reward():
+                self.evaluate("before")
+            yield phase
+            self._end_phase(phase)
+
+    def _first_trained_by_reward(self) -> int:
+        kinds = [p.algorithm != "sft" for p in self.config.phases]
+        return kinds.index(True) if True in kinds else 0
+
+    def _end_phase(self, phase: Phase) -> None:
+        if not self.progress.is_phase_end:
+            self.progress = advance(self.progress, is_phase_end=True)
+            self.save(phase.optimizer)
+
+    def evaluate(self, name: str) -> dict[str, Any]:
+        """Evaluate once under ``name``; a resumed run reads the earlier result."""
+        if name in self.evaluations:
+            return self.evaluations[name]
+        task, settings = self.session.task, self.config.eval
+        rows = stratified(task.rows.test, 0 if settings.full else settings.limit)
+        start = time.monotonic()
+        result = evaluate(
+            task, self.session.engine, rows, self.session.greedy(), self.session.world, batch=settings.batch
+        )
+        self.evaluations[name] = {**result, "step": self.progress.step}
+        if self.session.world.is_main:
+            self.folder.write_json("evaluations.json", self.evaluations)
+        self.reporter.line(
+            f"evaluation {name}: weighted F1 {result['weighted_f1']:.1f}, format {result['format_rate']:.1f} % "
+            f"({result['num_rows']} rows, {time.monotonic() - start:.0f} s)"
+        )
+        return self.evaluations[name]
+
+    def save(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint and prune old ones."""
+        self.progress = advance(self.progress, seconds=self.seconds)
+        model, world = self.session.policy.model, self.session.world
+        checkpoint.save(self.folder.checkpoints, model, optimizer, self.progress, world)
+        if world.is_main:
+            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
+
+    def finish(self) -> None:
+        """Final evaluation, transformers export, summary.json, curves and the closing lines."""
+        after = self.evaluate("after")
+        before = self.evaluations.get("before", after)
+        state = distributed.model_state(self.session.policy.model)
+        if self.session.world.is_main:
+            final = self.folder.path / "final"
+            models.export_model(
+                self.session.policy.model,
+                self.session.task.tokenizer,
+                final,
+                state_dict=state,
+                dtype=DTYPES[self.config.model.compute_dtype],
+            )
+            summary = {
+                "seconds": round(self.seconds, 1),
+                "seed": self.config.seed,
+                "before": outcome.scores(before),
+                "after": outcome.scores(after),
+                "phase_steps": phase_lengths(self.config),
+            }
+            if "untrained" in self.evaluations:
+                summary["untrained"] = outcome.scores(self.evaluations["untrained"])
+            outcome.write_plots(self.metrics.read(), self.session.task.grammar.names, self.folder.path / "plots")
+            self.folder.write_json("summary.json", summary)
+            outcome.show(summary, self.folder.path, self.reporter)
+        distributed.barrier()
+
+
+@dataclass
+class Phase:
+    """One phase: its optimizer, loss and KL reference."""
+
+    run: Run
+    index: int
+    length: int
+    config: PhaseConfig
+    loss: LossSpec
+    optimizer: torch.optim.Optimizer
+    reference: Policy | None
+    alarm: EntropyAlarm | None
+
+    def steps(self) -> Iterator[int]:
+        """The 0-based steps of the phase that are not done."""
+        self._clock, self._first = time.monotonic(), self.run.progress.phase_steps
+        yield from range(self._first, self.length)
+
+    def finish_step(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
+        """After the update: sync, check, log, evaluate, save.
+
+        Raises:
+            MismatchError: the first batch was sampled from other weights.
+            EntropyExplosionError: a stage's entropy explodes (the state is saved).
+            Stopped: a signal came (the state is saved).
+        """
+        run = self.run
+        session, config = run.session, run.config
+        caps = (*run.progress.caps[: self.index], step + 1)
+        run.progress = advance(
+            run.progress,
+            phase=self.index,
+            phase_steps=step + 1,
+            step=run.progress.step + 1,
+            caps=caps,
+            is_phase_end=False,
+        )
+        session.engine.sync(session.policy.model, run.progress.step)
+        self._log(step, metrics, batch)
+        self._check(step, metrics)
+        stopped = distributed.all_max(run.stop.received, session.world)
+        every = config.checkpoint.every
+        if stopped or (every and run.progress.step % every == 0 and step + 1 < self.length):
+            run.save(self.optimizer)
+        if stopped:
+            raise Stopped(f"signal {stopped}")
+        if config.eval.every and self.config.algorithm != "sft" and (step + 1) % config.eval.every == 0:
+            run.evaluate(f"step_{run.progress.step}")
+
+    def _check(self, step: int, metrics: dict[str, float]) -> None:
+        bound = self.run.config.rollout.max_mismatch
+        if step == self._first and metrics.get("mismatch", 0.0) > bound:
+            raise MismatchError(
+                f"the engine serves other weights: mean |train - rollout logprob| is {metrics['mismatch']:.4f} "
+                f"nats on the first batch, the bound is {bound}. Same attention and dtype in both? "
+                "Type --model.compute_dtype float32, or raise --rollout.max_mismatch knowingly."
+            )
+        if self.alarm is None:
+            return
+        names = self.run.session.task.grammar.names
+        # a stage that does not occur in the step has the mean 0
+        entropies = [metrics[f"stage_entropy/{k}"] or None for k in range(len(names))]
+        verdict = self.alarm.update(self.run.progress.step, entropies)
+        controllers = {**self.run.progress.controllers, "alarm": self.alarm.state_dict()}
+        self.run.progress = advance(self.run.progress, controllers=controllers)
+        for message in verdict.warnings:
+            self.run.reporter.line(f"warning: {message}")
+        if verdict.stop is not None:
+            self.run.save(self.optimizer)
+            raise EntropyExplosionError(verdict.stop)
+
+    def _log(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
+        run = self.run
+        world = run.session.world
+        extra = batch.sums.means(lambda x: distributed.all_sum(x.to(world.device)).cpu())
+        elapsed = time.monotonic() - self._clock
+        done = step + 1 - self._first
+        tokens = torch.tensor(float(sum(map(len, batch.sequences))), device=world.device)
+        metrics.update(extra)
+        metrics["tokens"] = float(distributed.all_sum(tokens))
+        metrics["tokens_per_second"] = metrics["tokens"] * done / elapsed
+        metrics["seconds"] = run.seconds
+        for k, coef in enumerate(self.loss.stage_coefs):
+            metrics[f"stage_coef/{k}"] = coef
+        record = {"step": run.progress.step, "phase": self.config.algorithm, "phase_step": step + 1}
+        record["lr"] = self.optimizer.param_groups[0]["lr"]
+        run.metrics.write({**record, **metrics})
+        for sample in batch.samples:
+            run.samples.write({**record, **sample})
+        eta = elapsed / done * (self.length - step - 1)
+        line = step_line(self.config.algorithm, step + 1, self.length, metrics, eta)
+        run.reporter.step(line, last=step + 1 == self.length)
+
+
+def _start(run: Run, index: int, length: int) -> Phase:
+    """Build a phase; the KL reference is the policy as it was when the phase began."""
+    session, config, resume = run.session, run.config.phases[index], run.resume
+    continues = resume.path is not None and index == resume.progress.phase
+    model = session.policy.model
+    spec = loss_spec(run.config, config, session.task.grammar.coefs())
+    optimizer = build_optimizer(model, run.config.optim)
+    if continues and resume.phase_start is not None:
+        checkpoint.load_model(resume.phase_start, model)
+    reference = session.reference() if spec.objective.kl_coef > 0 else None
+    entropy = run.config.entropy
+    alarm = None
+    if config.algorithm != "sft" and entropy.alarm and session.task.grammar.num_stages:
+        alarm = EntropyAlarm(
+            session.task.grammar.names,
+            warn_factor=entropy.alarm_warn_factor,
+            stop_factor=entropy.alarm_stop_factor,
+            floor=entropy.alarm_floor,
+        )
+    if continues and resume.path is not None:
+        checkpoint.load_model(resume.path, model)
+        checkpoint.load_optimizer(resume.path, model, optimizer)
+        if alarm is not None and "alarm" in run.progress.controllers:
+            alarm.load_state_dict(run.progress.controllers["alarm"])
+        run.reporter.line(f"resumed from {resume.path} (step {resume.progress.step})")
+    else:
+        run.progress = advance(run.progress, phase=index, phase_steps=0, controllers={})
+    session.engine.sync(model, run.progress.step)
+    run.reporter.line(f"phase {index + 1}/{len(run.config.phases)}: {config.algorithm}, {length} steps")
+    return Phase(run, index, length, config, spec, optimizer, reference, alarm)
+

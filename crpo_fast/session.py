@@ -1,0 +1,157 @@
+"""Everything a run builds once: rows, tokenizer, policy, engine. Also the KL reference of a phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crpo_fast import distributed, models
+from crpo_fast import policy as policies
+from crpo_fast.batch import SamplingParams
+from crpo_fast.config import Config, ConfigError
+from crpo_fast.distributed import World
+from crpo_fast.policy import Policy
+from crpo_fast.rollout import Engine
+from crpo_fast.rollout.hf import HFEngine
+from crpo_fast.task import Rows, Task, build_grammar, build_task, load_rows
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Session:
+    """The three things with state (policy, engine; the optimizer belongs to a phase) and what they work on."""
+
+    config: Config
+    world: World
+    task: Task
+    policy: Policy
+    engine: Engine
+    build_model: Callable[[], Any]
+    eos_ids: tuple[int, ...]
+
+    def describe(self) -> list[str]:
+        """What this run trains, on what, and why so."""
+        config, model = self.config, self.policy.model
+        count = sum(p.numel() for p in model.parameters())
+        attention, reason = models.choose_attention(
+            config.model.attention, self.world.device.type
+        )
+        rows = self.task.rows
+        return [
+            f"model: {config.model.path or 'built from model.build'}, {count / 1e6:.1f} M parameters, "
+            f"{config.model.compute_dtype} compute, {self.world.size} rank(s) on {self.world.device.type}, "
+            f"{torch.get_num_threads()} thread(s) each",
+            f"attention: {attention} ({reason}); rollouts: {config.rollout.engine}",
+            f"data: {len(rows.train)} train, {len(rows.cold_start)} cold-start, {len(rows.test)} "
+            f"{config.eval.split} rows in {len(rows.label_sets())} data set(s)",
+        ]
+
+    def reference(self) -> Policy:
+        """A frozen copy of the policy as it is now, in the compute dtype."""
+        dtype = DTYPES[self.config.model.compute_dtype]
+        copy = policies.create(
+            self.build_model().to(dtype), self.world, compute_dtype=dtype, trainable=False
+        )
+        policies.copy_weights(self.policy, copy)
+        return copy
+
+    def sampling(self) -> SamplingParams:
+        """Sampling of rollouts."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            max_tokens=rollout.max_tokens,
+            eos_ids=self.eos_ids,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+        )
+
+    def greedy(self) -> SamplingParams:
+        """Decoding of evaluations."""
+        tokens = self.config.eval.max_tokens or self.config.rollout.max_tokens
+        return SamplingParams(max_tokens=tokens, eos_ids=self.eos_ids, temperature=0.0)
+
+
+def build(config: Config, world: World, run_dir: Path) -> Session:
+    """Load or build everything; files are written by rank 0 alone.
+
+    Raises:
+        ConfigError, ModelError, DataError: what is wrong and what to type.
+    """
+    if config.rollout.prompts_per_step % world.size:
+        raise ConfigError(
+            f"rollout.prompts_per_step: expected a multiple of the {world.size} ranks, got "
+            f"{config.rollout.prompts_per_step}. Type --rollout.prompts_per_step {world.size * 8}."
+        )
+    with distributed.main_first(world):
+        rows = load_rows(config, run_dir, write=world.is_main)
+        build_model, tokenizer = _source(config, world, rows, run_dir)
+    compute_dtype = DTYPES[config.model.compute_dtype]
+    model = build_model()
+    policy = policies.create(
+        model,
+        world,
+        compute_dtype=compute_dtype,
+        activation_checkpointing=config.model.activation_checkpointing,
+        freeze_head=config.model.freeze_head,
+    )
+    return Session(
+        config=config,
+        world=world,
+        task=build_task(config, rows, tokenizer),
+        policy=policy,
+        engine=HFEngine(policy.model, gathered=policy.gathered),
+        build_model=build_model,
+        eos_ids=models.eos_ids(model, tokenizer),
+    )
+
+
+def _source(
+    config: Config, world: World, rows: Rows, run_dir: Path
+) -> tuple[Callable[[], Any], Any]:
+    """(function that makes the initial model in the master dtype, tokenizer)."""
+    settings, build = config.model, config.model.build
+    master = torch.float64 if settings.compute_dtype == "float64" else torch.float32
+    attention, _ = models.choose_attention(settings.attention, world.device.type)
+    if settings.path:
+        tokenizer = models.load_tokenizer(settings.path)
+        return (
+            lambda: models.load_model(settings.path, dtype=master, attention=attention)[0]
+        ), tokenizer
+    folder = run_dir / "tokenizer"
+    if not folder.exists():
+        _train_tokenizer(config, rows).save_pretrained(folder)
+    tokenizer = models.load_tokenizer(folder)
+
+    def make() -> Any:
+        return models.build_model(
+            build.architecture,
+            vocab_size=len(tokenizer),
+            hidden_size=build.hidden_size,
+            num_layers=build.num_layers,
+            num_heads=build.num_heads,
+            num_kv_heads=build.num_kv_heads,
+            intermediate_size=build.intermediate_size,
+            tie_word_embeddings=build.tie_embeddings,
+            max_positions=config.data.max_prompt_tokens + config.rollout.max_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            attention=attention,
+            seed=config.seed,
+        ).to(master)
+
+    return make, tokenizer
+
+
+def _train_tokenizer(config: Config, rows: Rows) -> Any:
+    grammar = build_grammar(config)
+    texts = [f"{r.instruction} {r.text}" for r in rows.train]
+    texts += [f"{r.label} {' '.join((r.stages or {}).values())}" for r in rows.cold_start]
+    texts += [r.completion for r in rows.cold_start if r.completion]
+    tags = [tag for name in grammar.tags for tag in (f"<{name}>", f"</{name}>")]
+    return models.train_tokenizer(texts, config.model.build.vocab_size, tags)

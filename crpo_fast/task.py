@@ -1,0 +1,213 @@
+"""What is trained on: rows, prompts, stage grammar, tokenizer and rewards, bound together once per run."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crpo_fast import data, rewards, synthetic
+from crpo_fast.batch import Row
+from crpo_fast.config import Config, ConfigError
+from crpo_fast.packing import Sequence
+from crpo_fast.prompts import build_prompt, encode_completion
+from crpo_fast.stages import Stage, StageGrammar
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of each purpose. ``cold_start`` rows carry a written completion."""
+
+    train: list[Row]
+    test: list[Row]
+    cold_start: list[Row] = field(default_factory=list)
+
+    def label_sets(self) -> dict[str, tuple[str, ...]]:
+        """Data set -> its labels: the published ones, or those found in the rows."""
+        found: dict[str, set[str]] = {}
+        for row in (*self.train, *self.test):
+            found.setdefault(row.dataset_id, set()).add(row.label)
+        return {name: data.LABEL_SETS.get(name, tuple(sorted(s))) for name, s in found.items()}
+
+
+def load_rows(config: Config, run_dir: Path, *, write: bool) -> Rows:
+    """Rows as the config says; the synthetic corpus is written below the run folder first (by rank 0)."""
+    settings = config.data
+    needs_cold_start = any(p.algorithm == "sft" for p in config.phases)
+    if settings.format == "table":
+        columns = {"prompt": settings.prompt, "answer": settings.answer}
+        completion = settings.completion or None
+        train = data.load_table(settings.path, **columns, completion=completion)
+        test = data.load_table(settings.test_path or settings.path, **columns)
+        source = settings.cold_start_path
+        cold = data.load_table(source, **columns, completion=completion) if source else train
+        return Rows(train, test, cold if needs_cold_start else [])
+    root: str | Path = settings.root
+    if settings.format == "synthetic":
+        root = run_dir / "data"
+        if write and not root.exists():
+            sizes = settings.synthetic
+            synthetic.write_corpus(
+                root,
+                seed=config.seed,
+                train=sizes.train,
+                val=sizes.val,
+                test=sizes.test,
+                cold_start=sizes.cold_start,
+                bias=sizes.bias,
+            )
+    names = settings.datasets or None
+    return Rows(
+        train=data.load_official(root, "train", names),
+        test=data.load_official(root, config.eval.split, names),
+        cold_start=data.load_cold_start(root, names) if needs_cold_start else [],
+    )
+
+
+def build_grammar(config: Config) -> StageGrammar:
+    """The preset's grammar with the ``[[stages]]`` tables and the entropy schedule of the config."""
+    schedule = {
+        "schedule": config.entropy.schedule,
+        "magnitude": config.entropy.magnitude,
+        "tau": config.entropy.tau,
+    }
+    try:
+        if config.stages:
+            tables = [Stage(s.name, s.tag or s.name, s.instruction, s.coef) for s in config.stages]
+            return StageGrammar(stages=tuple(tables), **schedule)
+        if config.grammar.preset == "none":
+            return StageGrammar(stages=(), **schedule)
+        return StageGrammar.preset(config.grammar.preset, **schedule)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows, tokenizer, grammar and rewards with everything derived from them."""
+
+    rows: Rows
+    tokenizer: Any
+    grammar: StageGrammar
+    system: str
+    max_prompt_tokens: int
+    reward_functions: list[Callable[..., Any]]
+    reward_weights: list[float]
+    balance_weights: dict[tuple[str, str], float]
+    match: str
+    balance: str
+
+    def prompt(self, row: Row) -> tuple[list[int], int]:
+        """(prompt ids ending in the prefill, tokens cut off the post)."""
+        built = build_prompt(
+            row,
+            self.tokenizer,
+            system=self.system,
+            prefill=self.grammar.prefill,
+            max_length=self.max_prompt_tokens,
+        )
+        return built.ids, built.truncated_tokens
+
+    def written(self, row: Row) -> Sequence:
+        """The cold-start sequence of a row with a written completion."""
+        text = row.completion if row.stages is None else self.grammar.render(row.stages, row.label)
+        if text is None:
+            raise ConfigError(
+                f"data: the sft phase needs a written completion, row {row.text[:40]!r} of {row.dataset_id} "
+                "has none. Set data.completion, or add cold_start.jsonl to the data set's folder."
+            )
+        ids = encode_completion(text, self.tokenizer)
+        return Sequence(self.prompt(row)[0], ids, self.grammar.stage_ids(ids, self.tokenizer))
+
+    def score(self, rows: list[Row], completions: list[str]) -> rewards.RewardTable:
+        """Rewards of one completion per row."""
+        columns: dict[str, list[Any]] = {
+            "answer": [r.label for r in rows],
+            "dataset_id": [r.dataset_id for r in rows],
+        }
+        for name in sorted({name for r in rows for name in r.columns}):
+            columns.setdefault(name, [r.columns.get(name) for r in rows])
+        return rewards.score(
+            self.reward_functions,
+            self.reward_weights,
+            [r.text for r in rows],
+            completions,
+            columns,
+            grammar=self.grammar,
+            match=self.match,
+            balance_weights=self.balance_weights if self.balance == "reward" else None,
+        )
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of a completion without its end token."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def load_rewards(config: Config) -> list[Callable[..., Any]]:
+    """The functions of ``rewards.functions``."""
+    try:
+        return [rewards.load_reward(name) for name in config.rewards.functions]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_task(config: Config, rows: Rows, tokenizer: Any) -> Task:
+    """Bind the parts; fails early where a phase would fail late."""
+    grammar = build_grammar(config)
+    functions = load_rewards(config)
+    pairs = [(r.dataset_id, r.label) for r in rows.train]
+    system = config.data.system or grammar.system_prompt()
+    return Task(
+        rows=rows,
+        tokenizer=tokenizer,
+        grammar=grammar,
+        system="" if system == "none" else system,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        reward_functions=functions,
+        reward_weights=list(config.rewards.weights) or [1.0] * len(functions),
+        balance_weights=rewards.balance_weights(pairs),
+        match=config.rewards.match,
+        balance=config.rewards.balance,
+    )
+
+
+def order(num_rows: int, seed: int, first: int, count: int) -> list[int]:
+    """``count`` row indices from position ``first`` of an endless stream of shuffled epochs.
+
+    A pure function of its arguments: a resumed run needs no state to continue it.
+    """
+    indices: list[int] = []
+    while len(indices) < count:
+        epoch, offset = divmod(first + len(indices), num_rows)
+        permutation = random.Random(f"{seed}/{epoch}").sample(range(num_rows), num_rows)
+        indices += permutation[offset : offset + count - len(indices)]
+    return indices
+
+
+def stratified(rows: list[Row], per_dataset: int) -> list[Row]:
+    """A fixed sample of at most ``per_dataset`` rows of each data set with its label proportions.
+
+    Every label keeps its share (largest remainders), at least one row where it has any and room allows;
+    the choice depends on the rows alone, never on the seed of a run.
+    """
+    chosen: list[Row] = []
+    for name in dict.fromkeys(r.dataset_id for r in rows):
+        members = [r for r in rows if r.dataset_id == name]
+        if per_dataset <= 0 or len(members) <= per_dataset:
+            chosen += members
+            continue
+        counts = Counter(r.label for r in members)
+        share = {label: n * per_dataset / len(members) for label, n in counts.items()}
+        quota = {label: int(x) for label, x in share.items()}
+        rest = sorted(share, key=lambda c: (quota[c] - share[c], c))
+        for label in rest[: per_dataset - sum(quota.values())]:
+            quota[label] += 1
+        picked: set[int] = set()
+        for label, n in quota.items():
+            indices = [i for i, r in enumerate(members) if r.label == label]
+            picked.update(random.Random(f"{name}/{label}").sample(indices, n))
+        chosen += [members[i] for i in sorted(picked)]
+    return chosen

@@ -1,0 +1,140 @@
+"""The entry point:  torchrun crpo_fast/train.py [config.toml] [--section.key value ...]
+
+`train` names every stage of a step once; what each does is in the module it comes from.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# torchrun puts this folder first on sys.path, where its files could shadow installed packages
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _HERE]
+
+import os  # noqa: E402
+import signal  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+
+import torch  # noqa: E402
+
+from crpo_fast import distributed, experience, outcome, run_folder, session  # noqa: E402
+from crpo_fast.checkpoint import CheckpointError  # noqa: E402
+from crpo_fast.config import Config, ConfigError, PhaseConfig, parse_arguments  # noqa: E402
+from crpo_fast.console import Reporter  # noqa: E402
+from crpo_fast.data import DataError  # noqa: E402
+from crpo_fast.distributed import World  # noqa: E402
+from crpo_fast.experience import Experience  # noqa: E402
+from crpo_fast.models import ModelError  # noqa: E402
+from crpo_fast.optim import learning_rate, set_learning_rate  # noqa: E402
+from crpo_fast.phases import EntropyExplosionError, MismatchError, Run, Stopped, StopSignal  # noqa: E402
+from crpo_fast.policy import UnsupportedModelError  # noqa: E402
+from crpo_fast.rewards import RewardError  # noqa: E402
+from crpo_fast.rollout import RolloutError  # noqa: E402
+from crpo_fast.step import NonFiniteError, micro_batches, optimizer_step  # noqa: E402
+from crpo_fast.task import build_grammar, load_rewards, order  # noqa: E402
+
+
+def train(run: Run) -> None:
+    """All phases from where the run stands; one pass of the inner loop is one optimizer step."""
+    config, policy = run.config, run.session.policy
+    for phase in run.phases():
+        for step in phase.steps():
+            batch = gather(run, phase.config, step)
+            packed = micro_batches(
+                batch.sequences,
+                phase.loss,
+                policy,
+                token_budget=config.train.token_budget,
+                layout=config.train.layout,
+                reference=phase.reference,
+            )
+            set_learning_rate(phase.optimizer, learning_rate(step, phase.config, config.optim))
+            metrics = optimizer_step(
+                policy, phase.optimizer, packed, phase.loss, max_grad_norm=config.optim.max_grad_norm
+            )
+            phase.finish_step(step, metrics, batch)
+    run.finish()
+
+
+def gather(run: Run, phase: PhaseConfig, step: int) -> Experience:
+    """This rank's sequences of one step: written ones in SFT, else sampled and scored ones.
+
+    Rows and seeds are pure functions of (seed, step, rank), so that a resumed run needs no state for them.
+    """
+    config, world, task = run.config, run.session.world, run.session.task
+    torch.manual_seed(_seed(config.seed, step, world.rank))
+    if phase.algorithm == "sft":
+        rows, count = task.rows.cold_start, phase.sequences_per_step
+        chosen = order(len(rows), config.seed, step * count, count)
+        return experience.written(task, [rows[i] for i in chosen[world.rank :: world.size]])
+    rows, count = task.rows.train, config.rollout.prompts_per_step
+    share = count // world.size
+    mine = order(len(rows), config.seed, step * count + world.rank * share, share)
+    return experience.collect(
+        task,
+        run.session.engine,
+        [rows[i] for i in mine],
+        group_size=config.rollout.group_size,
+        params=run.session.sampling(),
+        seed=_seed(config.seed, step, world.rank),
+        scale=config.advantages.scale,
+    )
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step) * 4_096 + rank
+
+
+def run(config: Config, world: World, reporter: Reporter) -> None:
+    """Open the run folder, continue where it stands, train."""
+    started, stop = time.monotonic(), StopSignal()
+    with distributed.main_first(world):
+        folder = run_folder.prepare(config) if world.is_main else run_folder.existing(config)
+    summary = folder.summary()
+    if summary is not None and summary["phase_steps"] == run_folder.phase_lengths(config):
+        reporter.line(f"{folder.path} is finished (--run.resume never starts again)")
+        outcome.show(summary, folder.path, reporter) if world.is_main else None
+        return
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    resume = run_folder.resume_point(config, folder)
+    built = session.build(config, world, folder.path)
+    for line in built.describe():
+        reporter.line(line)
+    try:
+        train(Run(config, built, folder, resume, reporter, stop, started))
+    except Stopped as reason:
+        reporter.line(f"stopped by {reason}; saved. The same command continues: --run.dir {folder.path}")
+    finally:
+        reporter.close()
+        built.engine.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done or stopped by a signal, 2 something to correct, 1 training cannot go on."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    status = 0
+    try:
+        config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        build_grammar(config), load_rewards(config)  # refuse now what would be refused after loading
+        world = distributed.init(config.train.threads)
+        run(config, world, Reporter(enabled=world.is_main))
+    except (ConfigError, CheckpointError, DataError, ModelError, UnsupportedModelError) as error:
+        status = _refuse(error, is_main, 2)
+    except (EntropyExplosionError, MismatchError, NonFiniteError, RewardError, RolloutError) as error:
+        status = _refuse(error, is_main, 1)
+    if status == 0:
+        distributed.shutdown()
+    return status
+
+
+def _refuse(error: Exception, is_main: bool, status: int) -> int:
+    if is_main:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
