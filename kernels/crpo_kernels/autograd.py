@@ -1,0 +1,184 @@
+"""Where the fused loss meets autograd: three functions that differentiate once.
+
+    OnePassLoss        hidden, weight, bias -> loss           gradients are made in forward, scaled in backward
+    ChunkedLogprobs    hidden, weight, bias -> logprobs, entropy, lse         gradients are made in backward
+    ObjectiveLoss      logprobs, entropy, lse -> loss         the objective's own slopes; no second formula
+
+one_pass is the first; two_pass is the second followed by the third. A second derivative is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .chunked import Gradients, Head, backprop, d_weight_of, empty_stats, one_pass, score
+from .rows_torch import RowStats
+from .spec import Logprobs, ObjectiveSpec, TokenInputs
+from .terms import Coefficients, LossRows, evaluate
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised over the counted rows of one call."""
+
+    spec: ObjectiveSpec
+    inputs: TokenInputs  # of [n]
+    sequence_ids: Tensor | None  # [n], for gspo
+
+
+class LossRowsCollector:
+    """Evaluates the objective chunk by chunk and keeps the per-token results."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.stats: list[RowStats] = []
+        self.rows: list[LossRows] = []
+
+    def __call__(self, rows: slice, stats: RowStats) -> Coefficients:
+        """The coefficients of one chunk."""
+        inputs = self.objective.inputs.take(rows)
+        result = evaluate(self.objective.spec, inputs, stats.logprobs, stats.entropy, stats.lse)
+        self.stats.append(stats)
+        self.rows.append(result)
+        return result.coefficients
+
+
+class OnePassLoss(torch.autograd.Function):
+    """Mode A. Keeps finished gradients (or the factor dZ of d_weight): backward needs no weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [T, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        head: Head,
+        collector: LossRowsCollector,
+    ) -> Tensor:  # []
+        """The loss; per-token results stay in ``collector``."""
+        gradients = one_pass(hidden, weight, head, collector)
+        loss = total_loss(collector, hidden)
+        kept = gradients.d_raw is not None
+        ctx.save_for_backward(
+            gradients.d_hidden,
+            gradients.d_weight,
+            gradients.d_bias,
+            gradients.d_raw,
+            hidden if kept else None,
+            head.rows if kept else None,
+        )
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple:
+        """Everything times ``grad_out``; nothing that is kept is changed, so it can run again."""
+        d_hidden, d_weight, d_bias, d_raw, hidden, rows = ctx.saved_tensors
+        gradients = Gradients(d_hidden, d_weight, d_bias, d_raw)
+        has_weight = d_weight is not None or d_raw is not None
+        return (
+            None if d_hidden is None else d_hidden * grad_out,
+            d_weight_of(gradients, hidden, rows, grad_out, ctx.weight_dtype)
+            if has_weight
+            else None,
+            None if d_bias is None else (d_bias * grad_out).to(ctx.bias_dtype),
+            None,
+            None,
+        )
+
+
+def total_loss(collector: LossRowsCollector, hidden: Tensor) -> Tensor:
+    """The sum over the chunks; 0 without rows."""
+    if not collector.rows:
+        return empty_stats(hidden).logprobs.sum()
+    return torch.stack([result.loss for result in collector.rows]).sum()
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """Mode B. Keeps the statistics, and the raw products where one chunk holds all rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [T, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        head: Head,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [n] each
+        """(logprobs, entropy, lse, is_top1) of the counted rows."""
+        stats, raw = score(hidden, weight, head)
+        ctx.save_for_backward(hidden, weight, *stats)
+        ctx.kept_raw, ctx.head = raw, head
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        outputs = (stats.logprobs.clone(), stats.entropy, stats.lse, stats.is_top1.clone())
+        ctx.mark_non_differentiable(outputs[3])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        """Rows' gradients from the kept products the first time, recomputed after that."""
+        hidden, weight, *values = ctx.saved_tensors
+        stats = RowStats(*values)
+        g, q, l = grads[:3]  # noqa: E741
+        if g is None:
+            g = torch.zeros_like(stats.logprobs)
+        raw, ctx.kept_raw = ctx.kept_raw, None  # overwritten below
+        gradients = backprop(hidden, weight, ctx.head, stats, Coefficients(g, q, l), raw)
+        one = torch.ones((), dtype=stats.logprobs.dtype, device=hidden.device)
+        d_weight, d_bias = None, gradients.d_bias
+        if ctx.head.needs_weight:
+            d_weight = d_weight_of(gradients, hidden, ctx.head.rows, one, weight.dtype)
+        return (
+            gradients.d_hidden,
+            d_weight,
+            None if d_bias is None else d_bias.to(ctx.bias_dtype),
+            None,
+        )
+
+
+class ObjectiveLoss(torch.autograd.Function):
+    """The objective on logprobs, entropy and lse, with the slopes of `objective` as its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logprobs: Tensor,  # [n]
+        entropy: Tensor,  # [n]
+        lse: Tensor,  # [n]
+        objective: Objective,
+        results: list[LossRows],
+    ) -> Tensor:  # []
+        """The loss; per-token results are appended to ``results``."""
+        result = evaluate(
+            objective.spec, objective.inputs, logprobs, entropy, lse, objective.sequence_ids
+        )
+        results.append(result)
+        ctx.save_for_backward(*result.coefficients)
+        return result.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple:
+        """The coefficients times ``grad_out``."""
+        slopes = (None if slope is None else slope * grad_out for slope in ctx.saved_tensors)
+        return (*slopes, None, None)
+
+
+def head_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head
+) -> tuple[Logprobs, Tensor]:
+    """(logprobs, entropy, lse) and is_top1 of the counted rows, ``[n]``; plain scores without a graph."""
+    if head.needs_any:
+        *outputs, is_top1 = ChunkedLogprobs.apply(hidden, weight, bias, head)
+        return Logprobs(*outputs), is_top1
+    stats, _ = score(hidden, weight, head)
+    return Logprobs(stats.logprobs, stats.entropy, stats.lse), stats.is_top1

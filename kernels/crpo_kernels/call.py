@@ -1,0 +1,196 @@
+"""One call of the head, from checked arguments to scattered results.
+
+Constants are made compact first (ignored rows dropped), then a backend runs, then per-token results are
+scattered back to ``[T]``. ``n`` is the number of counted rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import validate
+from .autograd import (
+    LossRowsCollector,
+    Objective,
+    ObjectiveLoss,
+    OnePassLoss,
+    head_logprobs,
+    total_loss,
+)
+from .chunked import Head, one_pass, stats_dtype, without_autocast
+from .dispatch import Plan, choose_backend, choose_mode, log_choice, make_plan
+from .reference import dense_logits, dense_logprobs
+from .rows_torch import LogitView
+from .spec import Logprobs, TokenInputs, TokenStats
+from .terms import LossRows
+
+
+class HeadCall:
+    """The three differentiable tensors, the compact constants and the plan of one call."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [..., D]
+        weight: Tensor,  # [V, D]
+        labels: Tensor,  # [T]
+        bias: Tensor | None,  # [V]
+        transform: tuple[Tensor | float, float, float | None],
+        rows: Tensor | Sequence[int] | None,
+    ) -> None:
+        """Check everything about the head itself.
+
+        Raises:
+            ValueError: an argument that cannot be right.
+        """
+        temperature, logit_scale, logit_softcap = transform
+        if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
+            hidden, weight = cast_for_autocast(hidden, weight)
+        validate.check_tensors(hidden, weight, labels, bias)
+        validate.check_scale(logit_scale, logit_softcap)
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
+        self.weight, self.bias = weight, bias
+        self.dtype = stats_dtype(hidden)
+        self.num_rows = self.hidden.shape[0]
+        all_labels = validate.check_labels(labels, self.num_rows, weight.shape[0])
+        self.rows = validate.counted_rows(rows, all_labels)
+        self.labels = self.compact(all_labels)  # [n]
+        temperature = validate.check_temperature(temperature, self.num_rows, hidden, self.dtype)
+        if isinstance(temperature, Tensor):
+            temperature = self.compact(temperature)
+        validate.check_temperatures(temperature)
+        constant_bias = None if bias is None else bias.detach().to(self.dtype)
+        self.view = LogitView(constant_bias, logit_scale, logit_softcap, temperature)
+
+    def needs(self, tensor: Tensor | None) -> bool:
+        """Whether a gradient flows to ``tensor``."""
+        return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+    @property
+    def needs_any(self) -> bool:
+        """Whether a gradient flows to anything."""
+        return self.needs(self.hidden) or self.needs(self.weight) or self.needs(self.bias)
+
+    def compact(self, vector: Tensor) -> Tensor:  # [T] -> [n]
+        """The counted rows of a per-token vector."""
+        return vector if self.rows is None else vector[self.rows]
+
+    def scatter(self, vector: Tensor) -> Tensor:  # [n] -> [T]
+        """Back to all rows; ignored rows are 0. Differentiable."""
+        if self.rows is None:
+            return vector
+        return vector.new_zeros(self.num_rows).index_copy(0, self.rows, vector)
+
+    def token_inputs(self, vectors: dict[str, Tensor | None]) -> TokenInputs:  # of [n]
+        """Per-token constants, checked and compact."""
+        checked = {
+            name: validate.token_vector(name, value, self.num_rows, self.hidden, self.dtype)
+            for name, value in vectors.items()
+        }
+        if checked["token_weights"] is None:
+            raise ValueError(
+                "token_weights: expected one weight per token, got None. Pass aggregation_weights(...)."
+            )
+        compact = {k: None if v is None else self.compact(v) for k, v in checked.items()}
+        return TokenInputs(labels=self.labels, **compact)
+
+    def plan(
+        self, backend: str, mode: str, workspace_bytes: int | None, one_pass_reason: str | None
+    ) -> None:
+        """Choose backend, mode and chunk size.
+
+        Raises:
+            ValueError: an unknown name, or a mode that cannot run, with the reason.
+        """
+        validate.check_workspace(workspace_bytes)
+        chosen = choose_mode(mode, one_pass_reason)
+        plan: Plan = make_plan(
+            self.hidden,
+            self.weight,
+            self.labels.numel(),
+            backend=choose_backend(backend),
+            mode=chosen,
+            workspace_bytes=workspace_bytes,
+            needs_weight_grad=self.needs(self.weight),
+        )
+        log_choice(
+            plan.backend,
+            plan.mode,
+            one_pass_reason or "coefficients are known before the head runs",
+        )
+        self.head = Head(
+            rows=self.rows,
+            labels=self.labels,
+            view=self.view,
+            plan=plan,
+            needs_hidden=self.needs(self.hidden),
+            needs_weight=self.needs(self.weight),
+            needs_bias=self.needs(self.bias),
+        )
+
+    def logprobs(self) -> tuple[Logprobs, Tensor]:
+        """(logprobs, entropy, lse) and is_top1, ``[n]``."""
+        if self.head.plan.backend == "torch":
+            return head_logprobs(self.hidden, self.weight, self.bias, self.head)
+        hidden = self.hidden if self.rows is None else self.hidden[self.rows]  # [n, D]
+        with without_autocast(hidden):
+            logits = dense_logits(
+                hidden,
+                self.weight,
+                bias=self.bias,
+                temperature=self.view.temperature,
+                logit_scale=self.view.logit_scale,
+                logit_softcap=self.view.logit_softcap,
+            )  # [n, V]
+            *outputs, is_top1 = dense_logprobs(logits, self.labels)
+        return Logprobs(*outputs), is_top1
+
+    def policy_loss(self, objective: Objective) -> tuple[Tensor, TokenStats]:
+        """Loss ``[]`` and statistics ``[T]``."""
+        if self.head.plan.backend == "torch" and self.head.plan.mode == "one_pass":
+            collector = LossRowsCollector(objective)
+            if self.needs_any:
+                loss = OnePassLoss.apply(self.hidden, self.weight, self.bias, self.head, collector)
+            else:
+                one_pass(self.hidden, self.weight, self.head, collector)
+                loss = total_loss(collector, self.hidden)
+            outputs = [
+                (stats.logprobs, stats.entropy, stats.lse, stats.is_top1)
+                for stats in collector.stats
+            ]
+            return loss, self.token_stats(outputs, collector.rows)
+        results: list[LossRows] = []
+        values, is_top1 = self.logprobs()
+        loss = ObjectiveLoss.apply(*values, objective, results)
+        return loss, self.token_stats([(*values, is_top1)], results)
+
+    def token_stats(self, outputs: list[tuple[Tensor, ...]], results: list[LossRows]) -> TokenStats:
+        """Statistics of all chunks, scattered to ``[T]``."""
+        names = ("token_loss", "ratio", "kl", "rho", "is_clipped")
+        columns = [[chunk[i] for chunk in outputs] for i in range(4)]
+        columns += [[getattr(result, name) for result in results] for name in names]
+        empty = self.hidden.new_empty(0, dtype=self.dtype)
+        joined = [
+            self.scatter((torch.cat(column) if len(column) > 1 else (*column, empty)[0]).detach())
+            for column in columns
+        ]
+        logprobs, entropy, lse, is_top1, token_loss, ratio, kl, rho, is_clipped = joined
+        return TokenStats(
+            logprobs, entropy, lse, token_loss, ratio, kl, rho, is_clipped.bool(), is_top1.bool(),
+            self.scatter(torch.ones_like(self.labels, dtype=torch.bool)),
+        )  # fmt: skip
+
+
+def cast_for_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's dtype, as a Linear does it; fp64 stays. The casts are part of the graph."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    tensors = (hidden, weight)
+    cast = (
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+    return tuple(cast)  # type: ignore[return-value]

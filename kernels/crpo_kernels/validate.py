@@ -1,0 +1,269 @@
+"""What a caller can get wrong, said before any work is done: the argument, its value and what to type.
+
+Checks that need the values of a tensor run for CPU tensors only, where they are free; on a GPU they
+would stop the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .spec import IGNORE_INDEX, ObjectiveSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """Kinds, shapes, dtypes and devices of the head's tensors.
+
+    Raises:
+        ValueError: naming the argument, what it is and what to do.
+    """
+    for name, tensor in {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": labels,
+        "bias": bias,
+    }.items():
+        if tensor is not None or name != "bias":
+            _check_plain(name, tensor)
+            _check_device(name, tensor, hidden)
+    if hidden.dim() < 2:
+        raise ValueError(
+            f"hidden: expected [T, D] (or more leading dimensions), got {list(hidden.shape)}. "
+            "Pass one row per token."
+        )
+    if hidden.dtype not in DTYPES:
+        raise ValueError(
+            f"hidden: expected float32, bfloat16 or float64, got {hidden.dtype}. Cast hidden and weight "
+            "to bfloat16: gradients of a softmax over a vocabulary underflow in float16."
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight: expected [V, {hidden.shape[-1]}] (D of hidden), got {list(weight.shape)}. "
+            "Pass lm_head.weight; transpose it if it is [D, V]."
+        )
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"weight: expected {hidden.dtype} as hidden, got {weight.dtype}. Pass "
+            "weight.to(hidden.dtype), or call under torch.autocast."
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(
+            f"bias: expected floating [{weight.shape[0]}], one value per row of weight, got "
+            f"{bias.dtype} {list(bias.shape)}. Pass lm_head.bias."
+        )
+
+
+def _check_plain(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}. Pass torch.as_tensor({name})."
+        )
+    if hasattr(tensor, "full_tensor") and hasattr(tensor, "placements"):
+        raise ValueError(
+            f"{name}: expected a plain Tensor, got a DTensor with placements {tensor.placements}. Call the "
+            "loss inside the forward of the module that owns it, where FSDP2 has gathered its parameters, "
+            f"or pass {name}.full_tensor()."
+        )
+
+
+def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(
+            f"{name}: expected a tensor on {hidden.device} as hidden, got {tensor.device}. "
+            f"Pass {name}.to(hidden.device)."
+        )
+
+
+def check_labels(labels: Tensor, num_rows: int, vocab_size: int) -> Tensor:  # [T]
+    """``labels`` flat and int64.
+
+    Raises:
+        ValueError: not one per row, not integers, or (on the CPU) beyond the vocabulary.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels: expected int64 token ids, got {labels.dtype}. Pass labels.long()."
+        )
+    flat = check_length("labels", labels, num_rows).long()
+    if flat.device.type == "cpu":
+        is_outside = ((flat < 0) & (flat != IGNORE_INDEX)) | (flat >= vocab_size)
+        if bool(is_outside.any()):
+            row = int(is_outside.nonzero()[0])
+            raise ValueError(
+                f"labels: expected ids in 0..{vocab_size - 1} or {IGNORE_INDEX}, got {int(flat[row])} at "
+                f"row {row}. The weight has V = {vocab_size} rows: pass the head that belongs to the "
+                f"tokenizer, or label rows that do not count with {IGNORE_INDEX}."
+            )
+    return flat
+
+
+def check_length(name: str, tensor: Tensor, num_rows: int) -> Tensor:  # [T]
+    """``tensor`` flat, with one value per row.
+
+    Raises:
+        ValueError: another number of values.
+    """
+    if tensor.numel() != num_rows:
+        raise ValueError(
+            f"{name}: expected T = {num_rows} values, one per row of hidden, got {tensor.numel()} "
+            f"(shape {list(tensor.shape)}). Give every token its own value, e.g. repeat a sequence's "
+            "value over its tokens with torch.repeat_interleave."
+        )
+    return tensor.reshape(-1)
+
+
+def token_vector(
+    name: str, value: Tensor | None, num_rows: int, hidden: Tensor, dtype: torch.dtype
+) -> Tensor | None:  # [T]
+    """A per-token constant in the dtype of the statistics, cut off from any graph.
+
+    Raises:
+        ValueError: not a tensor, another device, or another number of values.
+    """
+    if value is None:
+        return None
+    _check_plain(name, value)
+    _check_device(name, value, hidden)
+    return check_length(name, value, num_rows).detach().to(dtype)
+
+
+def check_temperature(
+    temperature: Tensor | float, num_rows: int, hidden: Tensor, dtype: torch.dtype
+) -> Tensor | float:
+    """A positive float, or ``[T]`` in the dtype of the statistics (values are checked by row, later).
+
+    Raises:
+        ValueError: not above 0 (NaN is not either), or another number of values.
+    """
+    if isinstance(temperature, Tensor):
+        if temperature.numel() == 1:
+            temperature = temperature.reshape(1).expand(num_rows)
+        return token_vector("temperature", temperature, num_rows, hidden, dtype)
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(
+            f"temperature: expected a finite number above 0, got {temperature}. Pass the temperature that "
+            "the tokens were sampled with; greedy sampling has no finite log-probabilities."
+        )
+    return float(temperature)
+
+
+def check_temperatures(temperature: Tensor | float) -> None:
+    """The temperatures of the counted rows.
+
+    Raises:
+        ValueError: one of them is not above 0.
+    """
+    if isinstance(temperature, Tensor) and temperature.device.type == "cpu":
+        is_bad = ~(temperature > 0)
+        if bool(is_bad.any()):
+            raise ValueError(
+                f"temperature: expected values above 0, got {float(temperature[is_bad][0])}. Pass the "
+                "temperature that each token was sampled with."
+            )
+
+
+def check_scale(logit_scale: float, logit_softcap: float | None) -> None:
+    """Logit scale and soft cap.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if not (math.isfinite(logit_scale) and logit_scale != 0):
+        raise ValueError(
+            f"logit_scale: expected a finite number other than 0, got {logit_scale}. Pass 1.0 for none."
+        )
+    if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
+        raise ValueError(
+            f"logit_softcap: expected a finite number above 0 or None, got {logit_softcap}. "
+            "Pass None for none."
+        )
+
+
+def counted_rows(rows: Tensor | Sequence[int] | None, labels: Tensor) -> Tensor | None:  # [n]
+    """Indices of the rows that count, None when all do. Without ``rows`` a GPU synchronises here.
+
+    Raises:
+        ValueError: indices beyond T or given twice (checked on the CPU).
+    """
+    if rows is None:
+        counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
+        return None if counted.numel() == labels.numel() else counted
+    indices = torch.as_tensor(rows, device=labels.device).reshape(-1).long()  # [n]
+    if indices.device.type != "cpu":
+        return indices
+    low, high = (int(v) for v in torch.aminmax(indices)) if indices.numel() else (0, -1)
+    if low < 0 or high >= labels.numel() or indices.unique().numel() != indices.numel():
+        raise ValueError(
+            f"rows: expected distinct indices in 0..{labels.numel() - 1}, got values in {low}..{high}. "
+            f"Pass (labels != {IGNORE_INDEX}).nonzero() made on the host."
+        )
+    return indices[labels[indices] != IGNORE_INDEX]
+
+
+def check_workspace(workspace_bytes: int | None) -> None:
+    """The bound on extra memory.
+
+    Raises:
+        ValueError: not above 0.
+    """
+    if workspace_bytes is not None and not workspace_bytes > 0:
+        raise ValueError(
+            f"workspace_bytes: expected bytes above 0 or None, got {workspace_bytes}. "
+            "Pass None for the default."
+        )
+
+
+def check_vocabulary_shard(process_group: object, vocab_start: int) -> None:
+    """Vocabulary-parallel heads are not part of this version.
+
+    Raises:
+        NotImplementedError: a process group was given.
+        ValueError: a shard was given without one.
+    """
+    if process_group is not None:
+        raise NotImplementedError(
+            "process_group: vocabulary-parallel heads are not implemented. Pass process_group=None and the "
+            "whole weight [V, D]."
+        )
+    if vocab_start != 0:
+        raise ValueError(
+            f"vocab_start: expected 0 without a process_group, got {vocab_start}. Pass the whole weight."
+        )
+
+
+def check_objective(
+    spec: ObjectiveSpec,
+    given: dict[str, object],
+) -> None:
+    """Whether everything the objective needs was given.
+
+    Raises:
+        ValueError: naming the missing argument and the option that needs it.
+    """
+    if not isinstance(spec, ObjectiveSpec):
+        raise ValueError(
+            f"spec: expected an ObjectiveSpec, got {spec!r}. Pass ObjectiveSpec.preset('crpo')."
+        )
+    needs = {
+        "advantages": (spec.policy != "sft", f"policy={spec.policy!r}"),
+        "ref_logprobs": (spec.kl_coef != 0, f"kl_coef={spec.kl_coef}"),
+        "rollout_logprobs": (spec.rho_mode is not None, f"rho_mode={spec.rho_mode!r}"),
+        "cu_seqlens": (spec.policy == "gspo", "policy='gspo'"),
+    }
+    remedies = {
+        "advantages": "Pass one advantage per token, or ObjectiveSpec.preset('sft')",
+        "ref_logprobs": "Pass the reference policy's logprobs, or kl_coef=0",
+        "rollout_logprobs": "Pass the sampling engine's logprobs, or rho_mode=None",
+        "cu_seqlens": "Pass where the sequences begin and end, [B + 1] from 0 to T",
+    }
+    for name, (is_needed, option) in needs.items():
+        if is_needed and given[name] is None:
+            raise ValueError(
+                f"{name}: expected a tensor with {option}, got None. {remedies[name]}."
+            )

@@ -1,0 +1,263 @@
+"""The two weight vectors of the loss: every denominator is in them, and every denominator is global.
+
+    loss = sum_t token_weights_t * token_loss_t + sum_t entropy_weights_t * entropy_t
+
+so a micro-batch, a rank or a packing layout may hold any part of the tokens and the sum over all parts
+is the same. Counts that are not given are taken from the call, which is right only when the call holds
+everything. All counts are clamped to at least 1.
+
+    token_mean     1 / num_tokens
+    sequence_mean  1 / (len_b * num_sequences)
+    constant       1 / (num_sequences * max_length)
+    bnpo           1 / (num_groups * group_tokens[group_ids[b]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .spec import check_choice
+
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
+REDUCTIONS = ("sequence_mean", "present_only", "token_mean")
+
+Count = int | float | Tensor
+
+
+def aggregation_weights(
+    loss_mask: Tensor,  # [T] bool
+    cu_seqlens: Tensor,  # [B + 1] int32
+    *,
+    aggregation: str = "token_mean",
+    num_tokens: Count | None = None,
+    num_sequences: Count | None = None,
+    max_length: Count | None = None,
+    group_ids: Tensor | Sequence[int] | None = None,  # [B]
+    group_tokens: Tensor | Sequence[float] | None = None,  # [num_groups]
+) -> Tensor:  # [T]
+    """``token_weights`` of one packed batch; 0 where ``loss_mask`` is False.
+
+    Args:
+        loss_mask: ``[T]`` True where a token counts in the loss.
+        cu_seqlens: ``[B + 1]`` where the sequences begin and end in the T tokens: 0 first, T last.
+        aggregation: "token_mean", "sequence_mean", "constant" (Dr.GRPO) or "bnpo".
+        num_tokens: counted tokens of the whole optimizer step.
+        num_sequences: sequences of the whole optimizer step.
+        max_length: the constant length that "constant" divides by, in tokens.
+        group_ids: "bnpo": the group of each sequence of ``cu_seqlens``, fixed before packing.
+        group_tokens: "bnpo": counted tokens of each group, over all ranks.
+
+    Returns:
+        ``[T]`` in the default floating dtype (or in that of a floating ``loss_mask``).
+
+    Raises:
+        ValueError: an unknown aggregation, a count it needs that is missing, or shapes that disagree.
+    """
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    dtype = loss_mask.dtype if loss_mask.is_floating_point() else torch.get_default_dtype()
+    counted = loss_mask.reshape(-1).bool()
+    sequence_ids, num_local = sequence_of_token(cu_seqlens, counted.numel(), counted.device)
+    mask = counted.to(count_dtype(counted.device))  # [T]
+    if aggregation == "token_mean":
+        scale = at_least_one(mask.sum() if num_tokens is None else num_tokens, mask)  # []
+        return (mask / scale).to(dtype)
+    if aggregation == "bnpo":
+        per_sequence = _bnpo_denominators(
+            mask, sequence_ids, num_local, group_ids, group_tokens
+        )  # [B]
+        return (mask / per_sequence[sequence_ids]).to(dtype)
+    total = at_least_one(num_local if num_sequences is None else num_sequences, mask)  # []
+    if aggregation == "constant":
+        if max_length is None:
+            raise ValueError(
+                "max_length: expected a number of tokens for aggregation='constant', got None. "
+                "Pass max_length=<longest completion of the run>."
+            )
+        return (mask / (total * at_least_one(max_length, mask))).to(dtype)
+    lengths = mask.new_zeros(num_local).index_add_(0, sequence_ids, mask).clamp_(min=1)  # [B]
+    return (mask / (lengths[sequence_ids] * total)).to(dtype)
+
+
+def _bnpo_denominators(
+    mask: Tensor,  # [T]
+    sequence_ids: Tensor,  # [T]
+    num_local: int,
+    group_ids: Tensor | Sequence[int] | None,
+    group_tokens: Tensor | Sequence[float] | None,
+) -> Tensor:  # [B]
+    """num_groups * group_tokens[group of sequence b]."""
+    if group_ids is None:
+        raise ValueError(
+            "group_ids: expected the group of each sequence for aggregation='bnpo', got None. "
+            "Pass group_ids=[...], one per sequence of cu_seqlens, fixed before packing."
+        )
+    groups = torch.as_tensor(group_ids, device=mask.device).long().reshape(-1)  # [B]
+    if groups.numel() != num_local:
+        raise ValueError(
+            f"group_ids: expected {num_local} values, one per sequence of cu_seqlens, "
+            f"got {groups.numel()}. Pass the group of every sequence in the order of cu_seqlens."
+        )
+    if group_tokens is None:
+        num_groups = int(groups.max()) + 1 if num_local else 0
+        tokens = mask.new_zeros(num_groups).index_add_(
+            0, groups[sequence_ids], mask
+        )  # [num_groups]
+    else:
+        tokens = torch.as_tensor(group_tokens, device=mask.device).to(mask.dtype).reshape(-1)
+    if num_local and not 0 <= int(groups.min()) <= int(groups.max()) < tokens.numel():
+        raise ValueError(
+            f"group_ids: expected values in 0..{tokens.numel() - 1} (group_tokens has "
+            f"{tokens.numel()} groups), got {int(groups.min())}..{int(groups.max())}. "
+            "Number the groups from 0."
+        )
+    return tokens.clamp(min=1)[groups] * max(tokens.numel(), 1)
+
+
+def stage_entropy_weights(
+    stage_ids: Tensor,  # [T] int, -1 none
+    cu_seqlens: Tensor,  # [B + 1] int32
+    coefs: Tensor | Sequence[float],  # [S]
+    *,
+    reduction: str = "sequence_mean",
+    reference_length: float | None = None,
+    num_sequences: Count | None = None,
+    num_present: Tensor | Sequence[float] | None = None,  # [S]
+    num_stage_tokens: Tensor | Sequence[float] | None = None,  # [S]
+) -> Tensor:  # [T]
+    """``entropy_weights`` of CRPO's stage-wise entropy regularisation (2606.13176).
+
+    With n_bk the tokens of stage k in sequence b:
+
+        sequence_mean  coef_k / (num_sequences * n_bk)       the paper: a missing stage counts 0
+        present_only   coef_k / (num_present[k] * n_bk)      the mean over the sequences that have it
+        token_mean     coef_k / num_stage_tokens[k]
+
+    Args:
+        stage_ids: ``[T]`` the stage of each token, 0-based, -1 for none.
+        cu_seqlens: ``[B + 1]`` where the sequences begin and end: 0 first, T last.
+        coefs: ``[S]`` coefficient of each stage; > 0 penalises its entropy, < 0 rewards it.
+        reduction: one of the three above.
+        reference_length: a stage shorter than this many tokens has its coefficient multiplied by
+            n_bk / reference_length, so that a stage of three tokens is not pressed 30 times harder.
+        num_sequences: sequences of the whole optimizer step.
+        num_present: ``[S]`` sequences of the whole step that have the stage.
+        num_stage_tokens: ``[S]`` tokens of each stage in the whole step.
+
+    Returns:
+        ``[T]`` in the default floating dtype (or in that of a floating ``coefs`` tensor).
+
+    Raises:
+        ValueError: an unknown reduction, a stage id without a coefficient, or shapes that disagree.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    is_tensor = isinstance(coefs, Tensor) and coefs.is_floating_point()
+    dtype = coefs.dtype if is_tensor else torch.get_default_dtype()
+    ids = stage_ids.reshape(-1).long()  # [T]
+    work = count_dtype(ids.device)
+    stage_coefs = torch.as_tensor(coefs, device=ids.device).to(work).reshape(-1)  # [S]
+    num_stages = stage_coefs.numel()
+    _check_stage_ids(ids, num_stages)
+    sequence_ids, num_local = sequence_of_token(cu_seqlens, ids.numel(), ids.device)
+    has_stage = ids >= 0  # [T]
+    cell = (sequence_ids * num_stages + ids).masked_fill(~has_stage, 0)  # [T] index into [B, S]
+    counts = torch.zeros(max(num_local * num_stages, 1), dtype=work, device=ids.device)
+    counts.index_add_(0, cell, has_stage.to(work))  # [B * S]
+    per_cell = _cell_weights(
+        counts[: num_local * num_stages].view(num_local, num_stages),
+        stage_coefs,
+        reduction,
+        reference_length,
+        {"sequences": num_sequences, "present": num_present, "tokens": num_stage_tokens},
+    )  # [B, S]
+    flat = torch.cat((per_cell.reshape(-1), per_cell.new_zeros(1)))  # [B * S + 1] never empty
+    return torch.where(has_stage, flat[cell], 0.0).to(dtype)
+
+
+def _cell_weights(
+    counts: Tensor,  # [B, S] n_bk
+    stage_coefs: Tensor,  # [S]
+    reduction: str,
+    reference_length: float | None,
+    totals: dict,
+) -> Tensor:  # [B, S]
+    """The weight of one token of stage k in sequence b."""
+    lengths = counts.clamp(min=1)  # [B, S]
+    if reduction == "sequence_mean":
+        total = totals["sequences"]
+        denominators = lengths * at_least_one(counts.shape[0] if total is None else total, counts)
+    elif reduction == "present_only":
+        present = (counts > 0).sum(0) if totals["present"] is None else totals["present"]
+        denominators = lengths * _per_stage("num_present", present, counts)
+    else:
+        tokens = counts.sum(0) if totals["tokens"] is None else totals["tokens"]
+        denominators = _per_stage("num_stage_tokens", tokens, counts).expand_as(counts)
+    weights = stage_coefs / denominators
+    if reference_length is None:
+        return weights
+    if not reference_length > 0:
+        raise ValueError(
+            f"reference_length: expected a positive number of tokens or None, got {reference_length}. "
+            "Pass None to turn it off."
+        )
+    return weights * (counts / reference_length).clamp(max=1.0)
+
+
+def _per_stage(argument: str, values: Tensor | Sequence[float], counts: Tensor) -> Tensor:  # [S]
+    tensor = torch.as_tensor(values, device=counts.device).to(counts.dtype).reshape(-1)
+    if tensor.numel() != counts.shape[1]:
+        raise ValueError(
+            f"{argument}: expected {counts.shape[1]} values, one per stage, got {tensor.numel()}. "
+            "Pass one count for every coefficient."
+        )
+    return tensor.clamp(min=1)
+
+
+def _check_stage_ids(ids: Tensor, num_stages: int) -> None:
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (int(value) for value in torch.aminmax(ids))
+    if low < -1 or high >= num_stages:
+        raise ValueError(
+            f"stage_ids: expected values in -1..{num_stages - 1} (coefs has {num_stages} stages), "
+            f"got {low}..{high}. Give every stage a coefficient."
+        )
+
+
+def sequence_of_token(
+    cu_seqlens: Tensor, num_rows: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """The sequence of every row, ``[T]`` int64, and the number of sequences.
+
+    Raises:
+        ValueError: ``cu_seqlens`` does not run from 0 to T without going back (checked on the CPU).
+    """
+    bounds = torch.as_tensor(cu_seqlens)
+    if bounds.dim() != 1 or bounds.numel() < 1 or bounds.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens: expected integers [B + 1], got {bounds.dtype} {list(bounds.shape)}. "
+            "Pass the running sum of the sequence lengths, 0 first."
+        )
+    if bounds.device.type == "cpu":
+        is_sorted = bool((bounds[1:] >= bounds[:-1]).all())
+        if int(bounds[0]) != 0 or int(bounds[-1]) != num_rows or not is_sorted:
+            raise ValueError(
+                f"cu_seqlens: expected a rising sequence from 0 to T = {num_rows}, got "
+                f"{bounds.tolist()[:8]}... ending at {int(bounds[-1])}. "
+                "Pass the running sum of the sequence lengths, 0 first."
+            )
+    positions = torch.arange(num_rows, device=device)
+    ids = torch.searchsorted(bounds[1:].to(device).long(), positions, right=True)
+    return ids, bounds.numel() - 1
+
+
+def count_dtype(device: torch.device) -> torch.dtype:
+    """Counts and quotients are made in fp64 and rounded once (mps has no fp64)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def at_least_one(count: Count, like: Tensor) -> Tensor:
+    """``count`` as a scalar tensor beside ``like``, clamped to 1."""
+    return torch.as_tensor(count, device=like.device).to(like.dtype).clamp(min=1)
