@@ -1,4 +1,4 @@
-"""Fused lm_head projection, log-softmax, entropy, stage weighting and group-relative clipped objective.
+"""Fused lm_head projection, log-softmax, entropy, stage weights and group-relative objective.
 
     from crpo_kernels import ObjectiveSpec, aggregation_weights, linear_policy_loss
 

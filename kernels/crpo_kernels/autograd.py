@@ -1,8 +1,8 @@
 """Where the fused loss meets autograd: three functions that differentiate once.
 
-    OnePassLoss        hidden, weight, bias -> loss           gradients are made in forward, scaled in backward
-    ChunkedLogprobs    hidden, weight, bias -> logprobs, entropy, lse         gradients are made in backward
-    ObjectiveLoss      logprobs, entropy, lse -> loss         the objective's own slopes; no second formula
+    OnePassLoss      hidden, weight, bias -> loss       gradients are made in forward, scaled later
+    ChunkedLogprobs  hidden, weight, bias -> logprobs, entropy, lse          made in backward
+    ObjectiveLoss    logprobs, entropy, lse -> loss             the objective's own slopes
 
 one_pass is the first; two_pass is the second followed by the third. A second derivative is refused.
 """
@@ -146,7 +146,7 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 
 class ObjectiveLoss(torch.autograd.Function):
-    """The objective on logprobs, entropy and lse, with the slopes of `objective` as its derivative."""
+    """The objective on logprobs, entropy and lse; its derivative are `objective`'s slopes."""
 
     @staticmethod
     def forward(
@@ -176,7 +176,7 @@ class ObjectiveLoss(torch.autograd.Function):
 def head_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head
 ) -> tuple[Logprobs, Tensor]:
-    """(logprobs, entropy, lse) and is_top1 of the counted rows, ``[n]``; plain scores without a graph."""
+    """(logprobs, entropy, lse) and is_top1 of the counted rows, ``[n]``; scores without a graph."""
     if head.needs_any:
         *outputs, is_top1 = ChunkedLogprobs.apply(hidden, weight, bias, head)
         return Logprobs(*outputs), is_top1

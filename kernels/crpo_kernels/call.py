@@ -1,7 +1,7 @@
 """One call of the head, from checked arguments to scattered results.
 
-Constants are made compact first (ignored rows dropped), then a backend runs, then per-token results are
-scattered back to ``[T]``. ``n`` is the number of counted rows.
+Constants are made compact first (ignored rows dropped), then a backend runs, then per-token results
+are scattered back to ``[T]``. ``n`` is the number of counted rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import validate
 from .autograd import (
     LossRowsCollector,
     Objective,
@@ -21,11 +20,22 @@ from .autograd import (
     total_loss,
 )
 from .chunked import Head, one_pass, stats_dtype, without_autocast
-from .dispatch import Plan, choose_backend, choose_mode, log_choice, make_plan
+from .dispatch import choose_backend, choose_mode, log_choice
+from .plan import Plan, make_plan
 from .reference import dense_logits, dense_logprobs
 from .rows_torch import LogitView
 from .spec import Logprobs, TokenInputs, TokenStats
 from .terms import LossRows
+from .validate import (
+    check_labels,
+    check_scale,
+    check_temperature,
+    check_temperatures,
+    check_tensors,
+    check_workspace,
+    counted_rows,
+    token_vector,
+)
 
 
 class HeadCall:
@@ -48,19 +58,19 @@ class HeadCall:
         temperature, logit_scale, logit_softcap = transform
         if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
             hidden, weight = cast_for_autocast(hidden, weight)
-        validate.check_tensors(hidden, weight, labels, bias)
-        validate.check_scale(logit_scale, logit_softcap)
+        check_tensors(hidden, weight, labels, bias)
+        check_scale(logit_scale, logit_softcap)
         self.hidden = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
         self.weight, self.bias = weight, bias
         self.dtype = stats_dtype(hidden)
         self.num_rows = self.hidden.shape[0]
-        all_labels = validate.check_labels(labels, self.num_rows, weight.shape[0])
-        self.rows = validate.counted_rows(rows, all_labels)
+        all_labels = check_labels(labels, self.num_rows, weight.shape[0])
+        self.rows = counted_rows(rows, all_labels)
         self.labels = self.compact(all_labels)  # [n]
-        temperature = validate.check_temperature(temperature, self.num_rows, hidden, self.dtype)
+        temperature = check_temperature(temperature, self.num_rows, hidden, self.dtype)
         if isinstance(temperature, Tensor):
             temperature = self.compact(temperature)
-        validate.check_temperatures(temperature)
+        check_temperatures(temperature)
         constant_bias = None if bias is None else bias.detach().to(self.dtype)
         self.view = LogitView(constant_bias, logit_scale, logit_softcap, temperature)
 
@@ -86,15 +96,17 @@ class HeadCall:
     def token_inputs(self, vectors: dict[str, Tensor | None]) -> TokenInputs:  # of [n]
         """Per-token constants, checked and compact."""
         checked = {
-            name: validate.token_vector(name, value, self.num_rows, self.hidden, self.dtype)
+            name: token_vector(name, value, self.num_rows, self.hidden, self.dtype)
             for name, value in vectors.items()
         }
-        if checked["token_weights"] is None:
+        token_weights = checked.pop("token_weights")
+        if token_weights is None:
             raise ValueError(
-                "token_weights: expected one weight per token, got None. Pass aggregation_weights(...)."
+                "token_weights: expected one weight per token, got None. "
+                "Pass aggregation_weights(...)."
             )
         compact = {k: None if v is None else self.compact(v) for k, v in checked.items()}
-        return TokenInputs(labels=self.labels, **compact)
+        return TokenInputs(self.labels, self.compact(token_weights), **compact)
 
     def plan(
         self, backend: str, mode: str, workspace_bytes: int | None, one_pass_reason: str | None
@@ -104,7 +116,7 @@ class HeadCall:
         Raises:
             ValueError: an unknown name, or a mode that cannot run, with the reason.
         """
-        validate.check_workspace(workspace_bytes)
+        check_workspace(workspace_bytes)
         chosen = choose_mode(mode, one_pass_reason)
         plan: Plan = make_plan(
             self.hidden,
@@ -166,7 +178,9 @@ class HeadCall:
         loss = ObjectiveLoss.apply(*values, objective, results)
         return loss, self.token_stats([(*values, is_top1)], results)
 
-    def token_stats(self, outputs: list[tuple[Tensor, ...]], results: list[LossRows]) -> TokenStats:
+    def token_stats(
+        self, outputs: Sequence[tuple[Tensor, ...]], results: list[LossRows]
+    ) -> TokenStats:
         """Statistics of all chunks, scattered to ``[T]``."""
         names = ("token_loss", "ratio", "kl", "rho", "is_clipped")
         columns = [[chunk[i] for chunk in outputs] for i in range(4)]
@@ -184,7 +198,7 @@ class HeadCall:
 
 
 def cast_for_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype, as a Linear does it; fp64 stays. The casts are part of the graph."""
+    """Both in autocast's dtype, as in a Linear; fp64 stays. The casts are part of the graph."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device):
         return hidden, weight

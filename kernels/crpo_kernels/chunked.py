@@ -3,11 +3,12 @@
     one_pass   for each chunk:  Z = hidden_c W^T;  stats;  objective;  dZ;  dH_c = dZ W
                one chunk:   keep dZ, and dW = dZ^T (hidden * grad_out) is one product in backward
                several:     dW accumulates over the chunks in fp32
-    two_pass   score:  Z, stats for each chunk         (Z of a single chunk is kept where it is wanted)
+    two_pass   score:  Z, stats for each chunk          (Z of a single chunk is kept)
                backprop:  Z again, dZ, dH_c, dW for each chunk
 
-Shapes: T rows of ``hidden``, n <= T counted rows, C rows of a chunk. ``rows`` ``[n]`` are the indices of
-the counted rows, None when all count; everything else per token is already compact, ``[n]``.
+Shapes: T rows of ``hidden``, n <= T counted rows, C rows of a chunk. ``rows`` ``[n]`` are the
+indices of the counted rows, None when all count; everything else per token is already compact,
+``[n]``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import Plan, raw_dtype
+from .plan import Plan, raw_dtype
 from .rows_torch import LogitView, RowStats, Scratch, row_grad_, row_stats
 from .terms import Coefficients
 
@@ -110,7 +111,7 @@ class Chunks:
         return row_stats(raw, self.head.labels[rows], self.head.view.take(rows), self.scratch)
 
     def grad(self, rows: slice, raw: Tensor, stats: RowStats, coefficients: Coefficients) -> Tensor:
-        """d loss / d raw of a chunk ``[C, V]``."""
+        """D loss / d raw of a chunk ``[C, V]``."""
         d_raw = self.d_raw[: raw.shape[0]]
         labels, view = self.head.labels[rows], self.head.view.take(rows)
         row_grad_(raw, d_raw, labels, view, stats, coefficients, self.scratch)
@@ -156,7 +157,7 @@ def backprop(
     """Mode B's second pass: gradients of all rows from known statistics and coefficients."""
 
     def take(rows: slice, _stats: RowStats) -> Coefficients:
-        return Coefficients(*(None if value is None else value[rows] for value in coefficients))
+        return coefficients.take(rows)
 
     with without_autocast(hidden):
         return _run(hidden, weight, head, take, kept_raw=kept_raw, stats=stats)
@@ -196,7 +197,7 @@ def _run(
 
 
 def _add_products(gradients: Gradients, chunks: Chunks, rows: slice, d_raw: Tensor) -> None:
-    """The products of one chunk's gradient: d_hidden, d_bias and, where it accumulates, d_weight."""
+    """The products of a chunk's gradient: d_hidden, d_bias and a share of d_weight."""
     head, weight = chunks.head, chunks.weight
     if gradients.d_bias is not None:
         gradients.d_bias += d_raw.sum(0, dtype=gradients.d_bias.dtype)
@@ -223,7 +224,7 @@ def d_weight_of(
     grad_out: Tensor,  # []
     dtype: torch.dtype,
 ) -> Tensor:  # [V, D]
-    """d_weight in ``dtype``, for the upstream gradient ``grad_out``; changes nothing that is kept."""
+    """d_weight in ``dtype`` for the upstream gradient ``grad_out``; what is kept stays as it is."""
     if gradients.d_raw is None:
         assert gradients.d_weight is not None, "either d_raw is kept or d_weight accumulated"
         out = torch.empty_like(gradients.d_weight, dtype=dtype)

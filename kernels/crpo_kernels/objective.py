@@ -1,23 +1,24 @@
 """The mathematics of every policy term and KL estimator, written once for torch and for Triton.
 
-Each function is plain arithmetic on per-token values over one name, ``ops`` (``ops.exp``, ``ops.where``).
-Here ``ops`` is torch; a Triton twin is made by rebuilding all functions of this module in one scope in
-which ``ops`` is ``triton.language``. That is why there is
+Each function is plain arithmetic on per-token values over one name, ``ops`` (``ops.exp``,
+``ops.where``). Here ``ops`` is torch; a Triton twin is made by rebuilding all functions of this
+module in one scope in which ``ops`` is ``triton.language``. That is why there is
 
 * no import besides ``ops``, no tensor method, no keyword argument of torch;
-* no minimum, maximum or clamp: on a GPU ``tl.minimum(nan, 1)`` is 1, so a NaN would silently become a
-  clip edge. Every bound is ``where(bound < x, bound, x)``: the comparison is false for NaN and x stays.
+* no minimum, maximum or clamp: on a GPU ``tl.minimum(nan, 1)`` is 1, so a NaN would silently become
+  a clip edge. Every bound is ``where(bound < x, bound, x)``: the comparison is false for NaN and x
+  stays.
 
 Each term returns its value (minimised, per token, before ``token_weights``) and its slope, which is
-d value / d logprob. Where a paper puts a stop-gradient, the slope says so and not the value. At a clip
-edge itself (ratio == 1 + clip_high) the unclipped slope holds: the edges are inclusive.
+d value / d logprob. Where a paper puts a stop-gradient, the slope says so and not the value. At a
+clip edge itself (ratio == 1 + clip_high) the unclipped slope holds: the edges are inclusive.
 
     r = exp(clamp(log_ratio, +-20))          the slope of r is 0 where the clamp is active
-    clip    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)                    PPO, GRPO (2402.03300)
-    gspo    the same on the sequence's mean log ratio: r_t = sg[s] exp(lp - sg[lp])        (2507.18071)
-    cispo   -sg[min(r, 1 + clip_high)] A lp                                                (2506.13585)
+    clip    -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)             PPO, GRPO (2402.03300)
+    gspo    the same on the sequence's mean log ratio: r_t = sg[s] exp(lp - sg[lp])  (2507.18071)
+    cispo   -sg[min(r, 1 + clip_high)] A lp                                         (2506.13585)
     sft     -lp
-    k1      lp - ref                k2  (lp - ref)^2 / 2             k3  e^x - 1 - x with x = ref - lp
+    k1      lp - ref          k2  (lp - ref)^2 / 2          k3  e^x - 1 - x with x = ref - lp
 """
 
 # ruff: noqa: ANN001, ANN201  (a value is a tensor in torch and a block of registers in Triton)
@@ -45,8 +46,8 @@ def bounded_exp(log_ratio):
 def clip_term(log_ratio, advantages, clip_low, clip_high):
     """PPO's pessimistic clip; returns value, slope, ratio, is_clipped.
 
-    The minimum of r A and clip(r) A differs from r A only where the ratio has moved beyond the edge in
-    the direction that the advantage rewards; there the value is constant.
+    The minimum of r A and clip(r) A differs from r A only where the ratio has moved beyond the edge
+    in the direction that the advantage rewards; there the value is constant.
     """
     ratio = bounded_exp(log_ratio)
     upper = 1.0 + clip_high
@@ -61,7 +62,7 @@ def clip_term(log_ratio, advantages, clip_low, clip_high):
 
 
 def cispo_term(logprob, log_ratio, advantages, clip_high):
-    """REINFORCE with a capped, constant importance weight; returns value, slope, ratio, is_clipped."""
+    """REINFORCE with a capped constant weight; returns value, slope, ratio, is_clipped."""
     ratio = bounded_exp(log_ratio)
     slope = -at_most(ratio, 1.0 + clip_high) * advantages
     return slope * logprob, slope, ratio, ratio > 1.0 + clip_high
@@ -105,8 +106,8 @@ def bounded_exp_above(x):
 def kl_term(estimator, logprob, ref_logprob):
     """Estimate of KL(policy || reference) from the sampled token; returns value and slope.
 
-    The slope of k3 is 1 - e^x = -(x + k3). With exp's argument bounded it stays at 1 - e^20 beyond: a
-    policy that has left the reference altogether is still pulled back toward it.
+    The slope of k3 is 1 - e^x = -(x + k3). With exp's argument bounded it stays at 1 - e^20 beyond:
+    a policy that has left the reference altogether is still pulled back toward it.
     """
     x = ref_logprob - logprob
     if estimator == "k1":
@@ -118,7 +119,7 @@ def kl_term(estimator, logprob, ref_logprob):
 
 
 def rho_term(rho_mode, log_rho, rho_cap, rho_floor):
-    """Constant weight that corrects sampling by another engine: exp(log_rho), truncated or masked."""
+    """Constant weight against sampling by another engine: exp(log_rho), truncated or masked."""
     rho = ops.exp(log_rho)
     if rho_mode == "truncate":
         return at_most(rho, rho_cap)
@@ -126,5 +127,5 @@ def rho_term(rho_mode, log_rho, rho_cap, rho_floor):
 
 
 def weighted(weight, x):
-    """weight * x, but 0 where the weight is 0, whatever garbage (an unset old logprob) made ``x``."""
+    """Weight * x, but 0 where the weight is 0, whatever garbage (an unset logprob) made ``x``."""
     return ops.where(weight == 0, 0.0, weight * x)

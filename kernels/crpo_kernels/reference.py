@@ -1,7 +1,7 @@
-"""The dense oracle: all logits at once, ordinary autograd through the head. Short and dumb on purpose.
+"""The dense oracle: all logits at once, ordinary autograd through the head, short and dumb.
 
-It shares with the fast paths only the objective's mathematics. Memory is several times T V; use it to
-check, not to train.
+It shares with the fast paths only the objective's mathematics. Memory is several times T V; use it
+to check, not to train.
 """
 
 from __future__ import annotations

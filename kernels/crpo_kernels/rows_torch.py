@@ -3,15 +3,16 @@
 ``raw = hidden @ weight.T`` ``[C, V]`` is read twice and written once:
 
     z = softcap(logit_scale * (raw + bias)) / temperature,  never below -1e30
-    row_stats   m = max z,  s = sum e^(z-m),  t = sum e^(z-m) (z-m)       shifted sums: nothing cancels
+    row_stats   m = max z,  s = sum e^(z-m),  t = sum e^(z-m) (z-m)         nothing cancels
                 logprob = (z_y - m) - log s,   lse = m + log s,   H = log s - t/s
     row_grad    p_j = e^(z_j - m - log s)
-                dz_j = p_j (a + b (z_j - m))        a = l - g + q t/s,  b = -q        (terms.py: g, q, l)
-                dz_y = g (1 - p_y) - p_y (q (logprob + H) - l)              1 - p_y = -expm1(logprob)
+                dz_j = p_j (a + b (z_j - m))      a = l - g + q t/s,  b = -q     (terms.py: g, q, l)
+                dz_y = g (1 - p_y) - p_y (q (logprob + H) - l)         1 - p_y = -expm1(logprob)
                 d_raw_j = dz_j * softcap'(.) * logit_scale / temperature
 
-The two functions work through blocks of rows that fit the cache, with ordinary torch operations and two
-scratch buffers. ``-inf`` logits become -1e30 (probability 0, every product with it finite); NaN stays.
+The two functions work through blocks of rows that fit the cache, with ordinary torch operations and
+two scratch buffers. ``-inf`` logits become -1e30 (probability 0, every product with it finite); NaN
+stays.
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ class LogitView:
 
     def column(self) -> Tensor | float:
         """The temperature as a float or ``[C, 1]``."""
-        is_tensor = isinstance(self.temperature, Tensor)
-        return self.temperature.unsqueeze(1) if is_tensor else self.temperature
+        if isinstance(self.temperature, Tensor):
+            return self.temperature.unsqueeze(1)
+        return self.temperature
 
     def slope(self) -> Tensor | float:
-        """d logit / d raw without the soft cap: a float or ``[C, 1]``."""
+        """D logit / d raw without the soft cap: a float or ``[C, 1]``."""
         return self.logit_scale / self.column()
 
     def apply_(self, x: Tensor) -> Tensor:  # [C, V]
@@ -67,6 +69,7 @@ class LogitView:
 
     def softcap_slope(self, z: Tensor) -> Tensor:  # [C, V]
         """1 - tanh^2, the derivative of the soft cap, from finished logits."""
+        assert self.logit_softcap is not None, "only called under a soft cap"
         tanh = z * (self.column() / self.logit_softcap)
         return tanh.square_().neg_().add_(1.0)
 
@@ -82,7 +85,7 @@ class RowStats(NamedTuple):
 
     @property
     def lse(self) -> Tensor:
-        """log sum_j e^(z_j) ``[C]``."""
+        """Log sum_j e^(z_j) ``[C]``."""
         return self.maximum + self.log_sum
 
     @property
@@ -178,7 +181,7 @@ def row_grad_(
 def row_coefficients(
     stats: RowStats, coefficients: Coefficients
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """a, b and dz_y of every row (module docstring), each ``[C]``; b is None without an entropy slope."""
+    """a, b and dz_y of every row, each ``[C]``; b is None without an entropy slope."""
     g, q, l = coefficients  # noqa: E741  (the names of the formula)
     p = stats.logprobs.exp()
     a, label_grad, b = -g, -torch.expm1(stats.logprobs) * g, None

@@ -32,7 +32,8 @@ class ObjectiveSpec:
     Attributes:
         policy: "clip" (PPO and GRPO), "gspo", "cispo" or "sft".
         clip_low: the ratio is clipped below 1 - clip_low. In [0, 1].
-        clip_high: the ratio is clipped above 1 + clip_high. cispo's cap of the ratio is 1 + clip_high.
+        clip_high: the ratio is clipped above 1 + clip_high. cispo's cap of the ratio is 1 +
+            clip_high.
         kl_coef: weight of the KL term to ``ref_logprobs``; 0 turns it off.
         kl_estimator: "k1", "k2" or "k3" (http://joschu.net/blog/kl-approx.html).
         rho_mode: how the mismatch with the engine that sampled is corrected: None (not at all),
@@ -76,8 +77,8 @@ class ObjectiveSpec:
     def preset(cls, name: str, **overrides: object) -> ObjectiveSpec:
         """A published objective by name; ``overrides`` replace single options.
 
-        crpo, grpo, bnpo and dr_grpo share their policy term: what tells them apart is the aggregation
-        (`aggregation_weights`) and how advantages are made.
+        crpo, grpo, bnpo and dr_grpo share their policy term: what tells them apart is the
+        aggregation (`aggregation_weights`) and how advantages are made.
 
         Raises:
             ValueError: no such preset, or an override that is no option.
@@ -129,7 +130,7 @@ class TokenInputs(NamedTuple):
         """The same record of some rows."""
         if rows is None:
             return self
-        return TokenInputs(*(None if value is None else value[rows] for value in self))
+        return self._make(None if value is None else value[rows] for value in self)
 
 
 class Logprobs(NamedTuple):
@@ -143,8 +144,8 @@ class Logprobs(NamedTuple):
 class TokenStats(NamedTuple):
     """Detached per-token statistics of one loss call; ignored rows are 0 or False.
 
-    ``sums()`` is what a trainer logs: add the sums and the counts over micro-batches and ranks, then
-    divide.
+    ``sums()`` is what a trainer logs: add the sums and the counts over micro-batches and ranks,
+    then divide.
     """
 
     logprobs: Tensor  # [T]
@@ -162,7 +163,8 @@ class TokenStats(NamedTuple):
         """Name -> fp64 ``[2]`` (sum, count) over the counted rows.
 
         ``torch.stack(list(stats.sums().values()))`` is one tensor for one all-reduce, and
-        ``total, count = stats.sums()["entropy"]`` unpacks one entry. ``num_tokens`` holds the count twice.
+        ``total, count = stats.sums()["entropy"]`` unpacks one entry. ``num_tokens`` holds the count
+        twice.
         """
         dtype = torch.float32 if self.logprobs.device.type == "mps" else torch.float64
         count = self.is_counted.sum().to(dtype)

@@ -1,10 +1,11 @@
 """The objective on torch vectors: from the head's per-row results to the loss and its three slopes.
 
-    loss_t = token_weights_t * (rho_t * policy_term + kl_coef * kl)  +  entropy_weights_t * H_t  +  z_loss_weights_t * lse_t^2
+    loss_t = token_weights_t * (rho_t * policy_term + kl_coef * kl)
+             + entropy_weights_t * H_t + z_loss_weights_t * lse_t^2
     g_t = d loss_t / d logprob_t        q_t = d loss_t / d H_t        l_t = d loss_t / d lse_t
 
-g, q and l are everything that the gradient of the head needs to know about a loss. Mode A evaluates this
-per chunk while the chunk's logits are hot, mode B and the oracle once for all rows.
+g, q and l are everything that the gradient of the head needs to know about a loss. Mode A evaluates
+this per chunk while the chunk's logits are hot, mode B and the oracle once for all rows.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import objective
+from .objective import kl_term, policy_term, rho_term, weighted
 from .spec import ObjectiveSpec, TokenInputs
 
 
 class Coefficients(NamedTuple):
-    """What any loss of (logprob, entropy, lse) says to one row of logits; None where it is all zero."""
+    """What a loss of (logprob, entropy, lse) says to a row of logits; None where all zero."""
 
     d_logprobs: Tensor  # [C] g
     d_entropy: Tensor | None  # [C] q
     d_lse: Tensor | None  # [C] l
+
+    def take(self, rows: slice) -> Coefficients:
+        """The coefficients of some rows."""
+        return self._make(None if value is None else value[rows] for value in self)
 
 
 @dataclass(frozen=True)
@@ -48,33 +53,35 @@ def evaluate(
     lse: Tensor,  # [C]
     sequence_ids: Tensor | None = None,  # [C], for gspo
 ) -> LossRows:
-    """Loss, slopes and statistics of some rows; for off-policy gspo all rows of a sequence at once."""
+    """Loss, slopes and statistics of some rows; for off-policy gspo of whole sequences."""
     old = inputs.old_logprobs
     log_ratio = logprobs - (logprobs if old is None else old)  # [C]; on-policy 0, and NaN stays
     if spec.policy == "gspo" and old is not None:
+        assert sequence_ids is not None, "gspo comes with its sequences"
         log_ratio = sequence_mean(log_ratio, sequence_ids)
     advantages = torch.zeros_like(logprobs) if inputs.advantages is None else inputs.advantages
-    value, slope, ratio, is_clipped = objective.policy_term(
+    value, slope, ratio, is_clipped = policy_term(
         spec.policy, logprobs, log_ratio, advantages, spec.clip_low, spec.clip_high
     )
     rho = torch.ones_like(logprobs)
     if spec.rho_mode is not None:
+        assert inputs.rollout_logprobs is not None, "rho_mode comes with rollout_logprobs"
         log_rho = (logprobs if old is None else old) - inputs.rollout_logprobs
-        rho = objective.rho_term(spec.rho_mode, log_rho, spec.rho_cap, spec.rho_floor)
+        rho = rho_term(spec.rho_mode, log_rho, spec.rho_cap, spec.rho_floor)
         value, slope = rho * value, rho * slope
     kl = torch.zeros_like(logprobs)
     if inputs.ref_logprobs is not None:
-        kl, kl_slope = objective.kl_term(spec.kl_estimator, logprobs, inputs.ref_logprobs)
+        kl, kl_slope = kl_term(spec.kl_estimator, logprobs, inputs.ref_logprobs)
         if spec.kl_coef:
             value, slope = value + spec.kl_coef * kl, slope + spec.kl_coef * kl_slope
-    loss = objective.weighted(inputs.token_weights, value).sum()
+    loss = weighted(inputs.token_weights, value).sum()
     d_entropy, d_lse = inputs.entropy_weights, None
     if d_entropy is not None:
-        loss = loss + objective.weighted(d_entropy, entropy).sum()
+        loss = loss + weighted(d_entropy, entropy).sum()
     if inputs.z_loss_weights is not None:
-        loss = loss + objective.weighted(inputs.z_loss_weights, lse * lse).sum()
+        loss = loss + weighted(inputs.z_loss_weights, lse * lse).sum()
         d_lse = 2.0 * inputs.z_loss_weights * lse
-    g = objective.weighted(inputs.token_weights, slope)
+    g = weighted(inputs.token_weights, slope)
     return LossRows(loss, Coefficients(g, d_entropy, d_lse), value, ratio, kl, rho, is_clipped)
 
 

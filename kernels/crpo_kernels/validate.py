@@ -1,4 +1,4 @@
-"""What a caller can get wrong, said before any work is done: the argument, its value and what to type.
+"""What a caller can get wrong, said before any work: the argument, its value, what to type.
 
 Checks that need the values of a tensor run for CPU tensors only, where they are free; on a GPU they
 would stop the host.
@@ -39,8 +39,8 @@ def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
         )
     if hidden.dtype not in DTYPES:
         raise ValueError(
-            f"hidden: expected float32, bfloat16 or float64, got {hidden.dtype}. Cast hidden and weight "
-            "to bfloat16: gradients of a softmax over a vocabulary underflow in float16."
+            f"hidden: expected float32, bfloat16 or float64, got {hidden.dtype}. Cast hidden "
+            "and weight to bfloat16: gradients of a softmax over a vocabulary underflow in float16."
         )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -62,13 +62,14 @@ def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
 def _check_plain(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(
-            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}. Pass torch.as_tensor({name})."
+            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}. "
+            f"Pass torch.as_tensor({name})."
         )
     if hasattr(tensor, "full_tensor") and hasattr(tensor, "placements"):
         raise ValueError(
-            f"{name}: expected a plain Tensor, got a DTensor with placements {tensor.placements}. Call the "
-            "loss inside the forward of the module that owns it, where FSDP2 has gathered its parameters, "
-            f"or pass {name}.full_tensor()."
+            f"{name}: expected a plain Tensor, got a DTensor with placements {tensor.placements}. "
+            "Call the loss inside the forward of the module that owns it, where FSDP2 has gathered "
+            f"its parameters, or pass {name}.full_tensor()."
         )
 
 
@@ -96,9 +97,10 @@ def check_labels(labels: Tensor, num_rows: int, vocab_size: int) -> Tensor:  # [
         if bool(is_outside.any()):
             row = int(is_outside.nonzero()[0])
             raise ValueError(
-                f"labels: expected ids in 0..{vocab_size - 1} or {IGNORE_INDEX}, got {int(flat[row])} at "
-                f"row {row}. The weight has V = {vocab_size} rows: pass the head that belongs to the "
-                f"tokenizer, or label rows that do not count with {IGNORE_INDEX}."
+                f"labels: expected ids in 0..{vocab_size - 1} or {IGNORE_INDEX}, got "
+                f"{int(flat[row])} at row {row}. The weight has V = {vocab_size} rows: pass the "
+                "head that belongs to the tokenizer, or label rows that do not count with "
+                f"{IGNORE_INDEX}."
             )
     return flat
 
@@ -112,8 +114,8 @@ def check_length(name: str, tensor: Tensor, num_rows: int) -> Tensor:  # [T]
     if tensor.numel() != num_rows:
         raise ValueError(
             f"{name}: expected T = {num_rows} values, one per row of hidden, got {tensor.numel()} "
-            f"(shape {list(tensor.shape)}). Give every token its own value, e.g. repeat a sequence's "
-            "value over its tokens with torch.repeat_interleave."
+            f"(shape {list(tensor.shape)}). Give every token its own value, e.g. repeat a "
+            "sequence's value over its tokens with torch.repeat_interleave."
         )
     return tensor.reshape(-1)
 
@@ -128,6 +130,12 @@ def token_vector(
     """
     if value is None:
         return None
+    return _token_vector(name, value, num_rows, hidden, dtype)
+
+
+def _token_vector(
+    name: str, value: Tensor, num_rows: int, hidden: Tensor, dtype: torch.dtype
+) -> Tensor:  # [T]
     _check_plain(name, value)
     _check_device(name, value, hidden)
     return check_length(name, value, num_rows).detach().to(dtype)
@@ -136,7 +144,7 @@ def token_vector(
 def check_temperature(
     temperature: Tensor | float, num_rows: int, hidden: Tensor, dtype: torch.dtype
 ) -> Tensor | float:
-    """A positive float, or ``[T]`` in the dtype of the statistics (values are checked by row, later).
+    """A positive float, or ``[T]`` in the dtype of the statistics (whose values are checked later).
 
     Raises:
         ValueError: not above 0 (NaN is not either), or another number of values.
@@ -144,11 +152,11 @@ def check_temperature(
     if isinstance(temperature, Tensor):
         if temperature.numel() == 1:
             temperature = temperature.reshape(1).expand(num_rows)
-        return token_vector("temperature", temperature, num_rows, hidden, dtype)
+        return _token_vector("temperature", temperature, num_rows, hidden, dtype)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
-            f"temperature: expected a finite number above 0, got {temperature}. Pass the temperature that "
-            "the tokens were sampled with; greedy sampling has no finite log-probabilities."
+            f"temperature: expected a finite number above 0, got {temperature}. Pass the "
+            "temperature that the tokens were sampled with; greedy sampling has no finite log-probabilities."
         )
     return float(temperature)
 
@@ -163,8 +171,8 @@ def check_temperatures(temperature: Tensor | float) -> None:
         is_bad = ~(temperature > 0)
         if bool(is_bad.any()):
             raise ValueError(
-                f"temperature: expected values above 0, got {float(temperature[is_bad][0])}. Pass the "
-                "temperature that each token was sampled with."
+                f"temperature: expected values above 0, got {float(temperature[is_bad][0])}. "
+                "Pass the temperature that each token was sampled with."
             )
 
 
@@ -176,7 +184,8 @@ def check_scale(logit_scale: float, logit_softcap: float | None) -> None:
     """
     if not (math.isfinite(logit_scale) and logit_scale != 0):
         raise ValueError(
-            f"logit_scale: expected a finite number other than 0, got {logit_scale}. Pass 1.0 for none."
+            f"logit_scale: expected a finite number other than 0, got {logit_scale}. "
+            "Pass 1.0 for none."
         )
     if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
         raise ValueError(
@@ -200,8 +209,8 @@ def counted_rows(rows: Tensor | Sequence[int] | None, labels: Tensor) -> Tensor 
     low, high = (int(v) for v in torch.aminmax(indices)) if indices.numel() else (0, -1)
     if low < 0 or high >= labels.numel() or indices.unique().numel() != indices.numel():
         raise ValueError(
-            f"rows: expected distinct indices in 0..{labels.numel() - 1}, got values in {low}..{high}. "
-            f"Pass (labels != {IGNORE_INDEX}).nonzero() made on the host."
+            f"rows: expected distinct indices in 0..{labels.numel() - 1}, got values in "
+            f"{low}..{high}. Pass (labels != {IGNORE_INDEX}).nonzero() made on the host."
         )
     return indices[labels[indices] != IGNORE_INDEX]
 
@@ -228,12 +237,13 @@ def check_vocabulary_shard(process_group: object, vocab_start: int) -> None:
     """
     if process_group is not None:
         raise NotImplementedError(
-            "process_group: vocabulary-parallel heads are not implemented. Pass process_group=None and the "
-            "whole weight [V, D]."
+            "process_group: vocabulary-parallel heads are not implemented. Pass process_group=None "
+            "and the whole weight [V, D]."
         )
     if vocab_start != 0:
         raise ValueError(
-            f"vocab_start: expected 0 without a process_group, got {vocab_start}. Pass the whole weight."
+            f"vocab_start: expected 0 without a process_group, got {vocab_start}. "
+            "Pass the whole weight."
         )
 
 

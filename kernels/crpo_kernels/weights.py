@@ -1,10 +1,10 @@
-"""The two weight vectors of the loss: every denominator is in them, and every denominator is global.
+"""The two weight vectors of the loss: every denominator is in them, and it is global.
 
     loss = sum_t token_weights_t * token_loss_t + sum_t entropy_weights_t * entropy_t
 
-so a micro-batch, a rank or a packing layout may hold any part of the tokens and the sum over all parts
-is the same. Counts that are not given are taken from the call, which is right only when the call holds
-everything. All counts are clamped to at least 1.
+so a micro-batch, a rank or a packing layout may hold any part of the tokens and the sum over all
+parts is the same. Counts that are not given are taken from the call, which is right only when the
+call holds everything. All counts are clamped to at least 1.
 
     token_mean     1 / num_tokens
     sequence_mean  1 / (len_b * num_sequences)
@@ -18,8 +18,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from .spec import check_choice
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
 REDUCTIONS = ("sequence_mean", "present_only", "token_mean")
@@ -54,9 +52,9 @@ def aggregation_weights(
         ``[T]`` in the default floating dtype (or in that of a floating ``loss_mask``).
 
     Raises:
-        ValueError: an unknown aggregation, a count it needs that is missing, or shapes that disagree.
+        ValueError: an unknown aggregation, a count that is missing, or shapes that disagree.
     """
-    check_choice("aggregation", aggregation, AGGREGATIONS)
+    _check_choice("aggregation", aggregation, AGGREGATIONS)
     dtype = loss_mask.dtype if loss_mask.is_floating_point() else torch.get_default_dtype()
     counted = loss_mask.reshape(-1).bool()
     sequence_ids, num_local = sequence_of_token(cu_seqlens, counted.numel(), counted.device)
@@ -132,7 +130,7 @@ def stage_entropy_weights(
     With n_bk the tokens of stage k in sequence b:
 
         sequence_mean  coef_k / (num_sequences * n_bk)       the paper: a missing stage counts 0
-        present_only   coef_k / (num_present[k] * n_bk)      the mean over the sequences that have it
+        present_only   coef_k / (num_present[k] * n_bk)      mean over the sequences that have it
         token_mean     coef_k / num_stage_tokens[k]
 
     Args:
@@ -152,7 +150,7 @@ def stage_entropy_weights(
     Raises:
         ValueError: an unknown reduction, a stage id without a coefficient, or shapes that disagree.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    _check_choice("reduction", reduction, REDUCTIONS)
     is_tensor = isinstance(coefs, Tensor) and coefs.is_floating_point()
     dtype = coefs.dtype if is_tensor else torch.get_default_dtype()
     ids = stage_ids.reshape(-1).long()  # [T]
@@ -199,8 +197,8 @@ def _cell_weights(
         return weights
     if not reference_length > 0:
         raise ValueError(
-            f"reference_length: expected a positive number of tokens or None, got {reference_length}. "
-            "Pass None to turn it off."
+            f"reference_length: expected a positive number of tokens or None, got "
+            f"{reference_length}. Pass None to turn it off."
         )
     return weights * (counts / reference_length).clamp(max=1.0)
 
@@ -251,6 +249,13 @@ def sequence_of_token(
     positions = torch.arange(num_rows, device=device)
     ids = torch.searchsorted(bounds[1:].to(device).long(), positions, right=True)
     return ids, bounds.numel() - 1
+
+
+def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{argument}: expected one of {list(choices)}, got {value!r}. Choose one of these."
+        )
 
 
 def count_dtype(device: torch.device) -> torch.dtype:
