@@ -35,6 +35,8 @@ def label_problem(label: str, name: str) -> str | None:
     labels = LABEL_SETS[name]
     if label in labels:
         return None
+    if not label:
+        return f"expected one of {quoted(labels)}, got an empty cell. Fill it or remove the row."
     close = nearest(label, labels)
     same = "; it differs in case only" if close.casefold() == label.casefold() else ""
     return (
@@ -175,7 +177,7 @@ def load_official(root: str | Path, split: str, datasets: Sequence[str] | None =
 
 
 def _cold_start_row(path: Path, name: str, record: Record) -> Row:
-    require_columns(path, list(record.cells), _COLUMNS, record.row)
+    require_columns(path, list(record.cells), _COLUMNS, record)
     for column in (*_COLUMNS, "completion"):
         value = record.cells.get(column, "")
         if not isinstance(value, str):

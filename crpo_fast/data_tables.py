@@ -177,7 +177,7 @@ def _checked_header(path: Path, header: list[str], required: Sequence[str]) -> l
 
 
 def require_columns(
-    path: Path, found: Sequence[str], required: Sequence[str], row: int | None = None
+    path: Path, found: Sequence[str], required: Sequence[str], record: Record | None = None
 ) -> None:
     """Refuses a missing column, naming the ones that are there.
 
@@ -186,9 +186,11 @@ def require_columns(
     """
     for name in required:
         if name not in found:
-            hint = f" Did you mean {nearest(name, found)!r}?" if found else ""
+            close = difflib.get_close_matches(name, found, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            row, line = (record.row, record.line) if record else (None, None)
             raise DataError(
-                f"{where(path, row, column=name)}: expected a column of that name, found "
+                f"{where(path, row, line, name)}: expected a column of that name, found "
                 f"{quoted(found)}.{hint} "
                 "Rename the column in the file, or name the right one."
             )
@@ -270,7 +272,7 @@ def read_parquet(path: Path) -> list[Record]:
 
 def _cell_text(path: Path, record: Record, column: str) -> str:
     """A prompt, an answer or a completion: text, or a number written as text; never empty."""
-    require_columns(path, list(record.cells), [column], record.row)
+    require_columns(path, list(record.cells), [column], record)
     value = record.cells[column]
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = json.dumps(value)
@@ -284,7 +286,7 @@ def _cell_text(path: Path, record: Record, column: str) -> str:
 
 
 def _stage_texts(path: Path, record: Record, column: str) -> dict[str, str]:
-    require_columns(path, list(record.cells), [column], record.row)
+    require_columns(path, list(record.cells), [column], record)
     value = record.cells[column]
     if (
         not isinstance(value, dict)

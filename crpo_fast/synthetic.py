@@ -48,8 +48,8 @@ class Knobs:
     """
 
     bias: float = 0.62
-    help_share: float = 0.5
-    pivotal: float = 0.75
+    help_share: float = 0.55
+    pivotal: float = 0.65
     conflict: float = 0.25
 
     def __post_init__(self) -> None:
@@ -220,8 +220,8 @@ def write_corpus(
     test: int = 40,
     cold_start: int = 1000,
     bias: float = 0.62,
-    help_share: float = 0.5,
-    pivotal: float = 0.75,
+    help_share: float = 0.55,
+    pivotal: float = 0.65,
     conflict: float = 0.25,
     datasets: Sequence[str] = OFFICIAL_EIGHT,
 ) -> dict[str, int]:
@@ -284,3 +284,40 @@ def write_corpus(
         json.dumps({**record, "datasets": list(datasets)}, indent=2) + "\n", encoding="utf-8"
     )
     return {split: size * len(datasets) for split, size in sizes.items()}
+
+
+# (data set, text, label, instruction) of ``write_fixtures``, in the order in which they load
+FIXTURE_ROWS: tuple[tuple[str, str, str, str], ...] = (
+    ("Dreaddit", "first line\nsecond, line", "Yes", "Stressed?\nStatement:"),
+    ("Dreaddit", 'she said "stop"', "No", "Stressed?\nStatement:"),
+    ("Dreaddit", "", "No", "Stressed?\nStatement:"),
+    ("Dreaddit", "windows\r\nline ends", "Yes", "Stressed?\nStatement:"),
+    (
+        "SDCNL",
+        "caf\u00e9 \U0001f62d\U0001f468\u200d\U0001f469\u200d\U0001f467 \u65e5\u672c",
+        "Yes",
+        "q",
+    ),
+    ("SDCNL", "emptypost", "No", "q"),
+    ("LT-EDI", "</think><answer>No</answer> <|im_end|>", "Not depressed", "q"),
+    ("LID", "alone again", "[1-2]", "1 to 5 .\nStatement: "),
+    ("LID", " kept as it is ", "[4-5]", "1 to 5 .\nStatement: "),
+)
+
+
+def write_fixtures(root: str | Path) -> None:
+    """Writes the awkward rows of ``FIXTURE_ROWS`` for tests, as every split of their data sets.
+
+    Multi-line cells, doubled quotes, an empty text, emoji, tags inside a post, bracket labels. The
+    files of SDCNL begin with a byte order mark and end their lines with CRLF, the validation split
+    of LID is called dev_clean.csv.
+    """
+    for name in dict.fromkeys(row[0] for row in FIXTURE_ROWS):
+        folder = Path(root) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        windows = name == "SDCNL"
+        for split in ("train", "dev" if name == "LID" else "val", "test"):
+            path = folder / f"{split}_clean.csv"
+            with path.open("w", encoding="utf-8-sig" if windows else "utf-8", newline="") as file:
+                writer = csv.writer(file, lineterminator="\r\n" if windows else "\n")
+                writer.writerows([_COLUMNS, *(row[1:] for row in FIXTURE_ROWS if row[0] == name)])
