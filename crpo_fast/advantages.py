@@ -76,18 +76,16 @@ def _check(
     if group_size < 2:
         raise ValueError(
             f"group_size: expected at least 2 completions per prompt, got {group_size}. "
-            "Advantages compare "
-            "the samples of one prompt; write group_size = 4 (or --rollout.group_size 4)."
+            "Advantages compare the samples of one prompt; type --rollout.group_size 4."
         )
     if scale not in SCALES:
         raise ValueError(
-            f"scale: expected one of {', '.join(SCALES)}, got {scale!r}. Write e.g. scale = "
-            "'group_std'."
+            f"scale: expected one of {', '.join(SCALES)}, got {scale!r}. "
+            "Type --advantages.scale group_std."
         )
     if len(rewards) % group_size:
         raise ValueError(
-            f"rewards: expected a multiple of group_size = {group_size}, got {len(rewards)} of "
-            "them. "
+            f"rewards: expected a multiple of group_size = {group_size}, got {len(rewards)}. "
             "Hand over every sample of every prompt, in rollout order."
         )
     if weights is not None and len(weights) != len(rewards):

@@ -99,8 +99,7 @@ def answer_reward(
             got = repr(column) if isinstance(column, str) else f"{len(column)} of them"
             raise ValueError(
                 f"{name}: expected a list with one entry per completion, {len(completions)}, got "
-                f"{got}. "
-                "Repeat a prompt's value for each of its samples."
+                f"{got}. Repeat a prompt's value for each of its samples."
             )
     weights = balance_weights or {}
     extract = _tag_or_all if grammar is None else grammar.extract_answer
@@ -149,5 +148,5 @@ def _pattern(label: str, match: str) -> re.Pattern[str]:
 
 def _inverse_frequencies(counts: Mapping[str, int]) -> dict[str, float]:
     """1 / count, normalised to mean 1."""
-    mean = math.fsum(1 / n for n in counts.values()) / len(counts)
+    mean = math.fsum(1 / n for n in counts.values()) / max(1, len(counts))
     return {key: 1 / n / mean for key, n in counts.items()}

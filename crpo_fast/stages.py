@@ -105,7 +105,8 @@ class StageGrammar:
             if key not in valid:
                 raise ValueError(_unknown("StageGrammar.preset", key, valid))
         stages = tuple(Stage(tag, tag, instruction) for tag, instruction in PRESETS[name].items())
-        return cls(**{"stages": stages, **overrides})
+        arguments: dict[str, Any] = {"stages": stages, **overrides}
+        return cls(**arguments)
 
     @property
     def names(self) -> list[str]:
@@ -195,7 +196,7 @@ class StageGrammar:
             position = found
         pairs = [(stage.open, stage.close) for stage in self.stages]
         if self.answer_tag:
-            pairs.append(self.tags[-2:])
+            pairs.append((self.tags[-2], self.tags[-1]))
         return all(text[text.find(a) + len(a) : text.find(b)].strip() for a, b in pairs)
 
     def extract_answer(self, completion: str) -> str | None:
@@ -223,8 +224,7 @@ class StageGrammar:
         if missing or not answer.strip():
             raise ValueError(
                 "contents: expected text for every stage and the answer, got none for "
-                f"{missing or ['answer']}. "
-                "Write a sentence for each, or leave the row out of the cold start."
+                f"{missing or ['answer']}. Write a sentence for each, or leave the row out of the cold start."
             )
         filled = {"": answer, **contents}
         for name, content in filled.items():
@@ -271,8 +271,7 @@ class StageGrammar:
         if self.schedule == "explicit" and missing:
             raise ValueError(
                 "schedule: expected a coef for every stage with schedule = 'explicit', got none "
-                f"for {missing}. "
-                "Write e.g. coef = -0.05 in their [[stages]] tables, or choose schedule = 'tanh'."
+                f"for {missing}. Write e.g. coef = -0.05 in their [[stages]] tables, or choose schedule = 'tanh'."
             )
 
     def _check_tags(self) -> None:
@@ -302,16 +301,14 @@ class StageGrammar:
 def _check_pair(one: str, other: str) -> None:
     if one == other:
         raise ValueError(
-            f"tag: expected different tags for the stages, thinking and the answer, got {one!r} "
-            "twice. "
-            "Rename one of them."
+            "tag: expected different tags for the stages, thinking and the answer, got "
+            f"{one!r} twice. Rename one of them."
         )
     short, long = sorted((one, other), key=len)
     if long.startswith(short):
         raise ValueError(
-            f"tag: expected no stage tag to be a prefix of another tag, got {short!r} and "
-            f"{long!r}. "
-            "Rename one of them so that neither begins with the other."
+            "tag: expected no stage tag to be a prefix of another tag, got "
+            f"{short!r} and {long!r}. Rename one so that neither begins with the other."
         )
 
 

@@ -15,7 +15,7 @@ import json
 import re
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -37,7 +37,7 @@ class TokenText:
     """
 
     text: bytes | str
-    ends: Sequence[int]
+    ends: list[int] | _PrefixEnds
 
     def find(self, needle: str) -> int:
         """Offset of the first occurrence of an ASCII ``needle``, or -1."""
@@ -115,16 +115,16 @@ class _Decoder:
         return "".join(tokens)
 
 
-class _PrefixEnds(Sequence):
+class _PrefixEnds:
     """``ends`` found lazily, for bisect: the length of what the first i + 1 tokens decode to."""
 
-    def __init__(self, decode: Any, ids: list[int], whole: str) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], ids: list[int], whole: str) -> None:
         self.decode, self.ids, self.whole = decode, ids, whole
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: Any) -> int:
+    def __getitem__(self, index: int, /) -> int:
         if not 0 <= index < len(self.ids):
             raise IndexError(index)
         prefix = self.decode(self.ids[: index + 1])

@@ -1,0 +1,89 @@
+"""The entropy alarm."""
+
+import json
+import math
+
+import pytest
+
+from crpo_fast.alarm import EntropyAlarm
+
+
+def alarm(**options):
+    return EntropyAlarm(
+        ["a", "b"], **{"warn_factor": 2.0, "stop_factor": 4.0, "floor": 0.5} | options
+    )
+
+
+def test_warns_once_per_stage_and_then_stops():
+    watch = alarm(start_steps=2)
+    assert watch.update(0, [0.9, 2.0]) == watch.update(1, [1.1, 2.0])  # starts: 1.0 and 2.0
+    assert watch.update(2, [2.0, 4.0]).warnings == ()
+    (warning,) = watch.update(3, [2.1, 4.0]).warnings
+    assert "stage 'a'" in warning
+    assert "at most 2 nats" in warning
+    assert "got 2.1 at step 3" in warning
+    assert watch.update(4, [3.0, 4.0]).warnings == ()
+    verdict = watch.update(5, [3.0, 4.1])
+    assert verdict.stop is None
+    assert len(verdict.warnings) == 1
+    verdict = watch.update(6, [4.1, 9.0])
+    assert verdict.warnings == ()
+    for word in (
+        "stage 'a'",
+        "stage 'b'",
+        "at most 8 nats",
+        "entropy.magnitude",
+        "reference_length",
+    ):
+        assert word in verdict.stop
+
+
+def test_floor_keeps_small_starts_quiet():
+    watch = alarm(start_steps=1)
+    watch.update(0, [0.01, 0.01])
+    assert watch.update(1, [0.9, 1.0]).warnings == ()
+    assert watch.update(2, [1.1, 2.1]).stop.startswith("stage 'b'")
+
+
+def test_a_stage_that_is_absent_starts_later():
+    watch = alarm(start_steps=1)
+    watch.update(0, [1.0, None])
+    watch.update(1, [1.0, math.nan])
+    assert watch.update(2, [1.0, 3.0]).stop is None  # the start of b
+    assert len(watch.update(3, [1.0, 6.5]).warnings) == 1
+
+
+def test_state_survives_a_checkpoint():
+    watch = alarm(start_steps=2)
+    for step, values in enumerate([[1.0, 1.0], [1.0, 1.0], [2.5, 1.0]]):
+        watch.update(step, values)
+    resumed = alarm(start_steps=2)
+    resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert resumed.update(3, [2.5, 2.5]).warnings == watch.update(3, [2.5, 2.5]).warnings
+    assert resumed.state_dict() == watch.state_dict()
+    assert resumed.update(4, [4.1, 1.0]).stop
+    with pytest.raises(ValueError, match=r"state: expected the stages \['c'\], got \['a', 'b'\]"):
+        EntropyAlarm(["c"]).load_state_dict(watch.state_dict())
+
+
+def test_saved_state_does_not_change_with_the_alarm():
+    watch = alarm(start_steps=3)
+    watch.update(0, [1.0, 1.0])
+    state = watch.state_dict()
+    watch.update(1, [2.0, 2.0])
+    assert state["first"] == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: alarm(warn_factor=1.0), "expected 1 < warn <= stop, got 1.0 and 4.0"),
+        (lambda: alarm(warn_factor=5.0), "expected 1 < warn <= stop"),
+        (lambda: alarm(floor=0.0), "more than 0 nats"),
+        (lambda: alarm(start_steps=0), "at least 1 step"),
+        (lambda: alarm().update(0, [1.0]), "one per stage, 2, got 1"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
