@@ -2,13 +2,12 @@
 
 The rule (an appraisal in Lazarus' sense) counts three signs in a post: something is at stake
 (threat), nobody helps (no resources), the writer is in distress (reaction). The label of 0, 1, 2 or
-3 signs is the task's (``synthetic_phrases.TASKS``); no single cue decides it. Some posts hold a
-conflicting cue: help that was promised and never came, help that came after all, a danger that
-    others see and the writer does not.
+3 signs is the task's (``synthetic_phrases.TASKS``); no single cue decides it. One cue may be told
+with a conflict, so that the same words mean one thing or the other: help that was promised and
+never came, "at first ... but now ...", "... even if they say ...".
 
 Splits: train, val and cold_start are drawn from the same combinations of phrases and share no post;
-    the
-test split uses combinations that occur nowhere else, made of the same words.
+the test split uses combinations that occur nowhere else, made of the same words.
 
 The written rationales (``cold_start.jsonl``) come from a *biased annotator*: where a post mentions
 help, he overlooks it with probability ``bias`` and reasons on from there. A model trained on them
@@ -24,7 +23,7 @@ import csv
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from crpo_fast import synthetic_phrases as say
@@ -44,13 +43,13 @@ class Knobs:
         pivotal: in the two-label tasks, share of posts in which exactly one of threat and distress
             is present, so that help decides the label. (In the others it nearly always does: the
             two are independent there.)
-        conflict: share of posts with a conflicting cue.
+        conflict: share of posts in which one cue is told with a conflict.
     """
 
     bias: float = 0.62
     help_share: float = 0.55
     pivotal: float = 0.65
-    conflict: float = 0.25
+    conflict: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("bias", "help_share", "pivotal", "conflict"):
@@ -93,49 +92,40 @@ def _pick(
             return first[i], second[j]
 
 
-def _help_clause(
-    rng: random.Random, helped: bool, conflict: bool, held_out: bool
-) -> tuple[str, str]:
-    """(who, clause). With conflict: help that came after all, or help that fell away."""
-    if helped:
-        who, way = _pick(rng, say.PEOPLE, say.WAYS, held_out)
-        nobody = rng.choice(say.NOBODY)
-        return (
-            who,
-            f"at first {nobody} did but now my {who} {way}" if conflict else f"my {who} {way}",
-        )
-    if conflict:
-        who, gone = _pick(rng, say.PEOPLE, say.GONE, held_out)
-        return who, f"my {who} {gone}"
-    nobody, way = _pick(rng, say.NOBODY, say.WAYS, held_out)
-    return "", f"{nobody} {way}"
+def _clause(rng: random.Random, cue: str, value: bool, held_out: bool) -> tuple[str, str]:
+    """(person or "", clause) of one cue, nothing else said."""
+    first, second = _pick(rng, *say.CLAUSES[cue, value], held_out)
+    person = first if (cue, value) == ("help", True) else ""
+    return person, f"my {first} {second}" if person else f"{first} {second}"
 
 
-def _threat_clause(rng: random.Random, threat: bool, conflict: bool, held_out: bool) -> str:
-    clause = " ".join(_pick(rng, say.SUBJECTS, say.THREAT if threat else say.NO_THREAT, held_out))
-    if not conflict:
-        return clause
-    other = rng.choice(say.NO_THREAT if threat else say.THREAT)
-    return f"they say it {other} but {clause}"
+def _conflicting(rng: random.Random, cue: str, value: bool, held_out: bool) -> tuple[str, str]:
+    """(person or "", clause) that holds both values of a cue; its wording says which is true."""
+    if cue == "help" and not value and rng.random() < 1 / 3:
+        person, gone = _pick(rng, say.PEOPLE, say.GONE, held_out)
+        return "", f"my {person} {gone}"
+    person, true = _clause(rng, cue, value, held_out)
+    _, other = _clause(rng, cue, not value, held_out)
+    return person, rng.choice(say.CONFLICTS).format(true=true, other=other)
 
 
 def make_post(rng: random.Random, task: str, knobs: Knobs, held_out: bool) -> Post:
-    """One post: four clauses, the event first, the others in random order."""
+    """One post: the event, then a clause for each cue in random order."""
     threat = rng.random() < 0.5
     pivotal = knobs.pivotal if len(set(say.TASKS[task].labels)) == 2 else 0.5
     distress = (not threat) if rng.random() < pivotal else threat
-    helped = rng.random() < knobs.help_share
-    conflict = rng.choice(("threat", "help")) if rng.random() < knobs.conflict else ""
-    event, gist = rng.choice(say.TASKS[task].events)
-    who, help_text = _help_clause(rng, helped, conflict == "help", held_out)
-    clauses = [
-        help_text,
-        _threat_clause(rng, threat, conflict == "threat", held_out),
-        " ".join(_pick(rng, say.WHEN, say.DISTRESS if distress else say.CALM, held_out)),
-    ]
+    values = {"threat": threat, "help": rng.random() < knobs.help_share, "distress": distress}
+    conflict = rng.choice(list(values)) if rng.random() < knobs.conflict else ""
+    clauses, who = [], ""
+    for cue, value in values.items():
+        write = _conflicting if cue == conflict else _clause
+        person, clause = write(rng, cue, value, held_out)
+        who = who or person
+        clauses.append(clause)
     rng.shuffle(clauses)
+    event, gist = rng.choice(say.TASKS[task].events)
     text = " . ".join([f"{event} {rng.choice(say.DAYS)}", *clauses]) + " ."
-    return Post(text, gist, who, threat, helped, distress)
+    return Post(text, gist, who, **values)
 
 
 def annotate(rng: random.Random, task: str, post: Post, bias: float) -> tuple[dict[str, str], str]:
@@ -211,6 +201,18 @@ def _refuse_foreign_files(root: Path, datasets: Sequence[str]) -> None:
             )
 
 
+def _check_arguments(sizes: dict[str, int], datasets: Sequence[str]) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1 row, got {size}. Use a positive number.")
+    for name in datasets:
+        if name not in say.TASKS:
+            raise ValueError(
+                f"datasets: expected names out of {', '.join(say.TASKS)}, got {name!r}. "
+                "Use these names."
+            )
+
+
 def write_corpus(
     root: str | Path,
     *,
@@ -222,7 +224,7 @@ def write_corpus(
     bias: float = 0.62,
     help_share: float = 0.55,
     pivotal: float = 0.65,
-    conflict: float = 0.25,
+    conflict: float = 0.5,
     datasets: Sequence[str] = OFFICIAL_EIGHT,
 ) -> dict[str, int]:
     """Writes all splits of the given data sets, the same bytes for the same arguments.
@@ -251,17 +253,7 @@ def write_corpus(
     root = Path(root)
     knobs = Knobs(bias, help_share, pivotal, conflict)
     sizes = {"train": train, "val": val, "cold_start": cold_start, "test": test}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(
-                f"{name}: expected at least 1 row, got {size}. Give a positive number."
-            )
-    for name in datasets:
-        if name not in say.TASKS:
-            raise ValueError(
-                f"datasets: expected names out of {', '.join(say.TASKS)}, got {name!r}. Use these "
-                "names."
-            )
+    _check_arguments(sizes, datasets)
     _refuse_foreign_files(root, datasets)
     for name in datasets:
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -272,17 +264,8 @@ def write_corpus(
                 _write_cold_start(root / name / "cold_start.jsonl", name, posts, knobs.bias)
             else:
                 _write_csv(root / name / f"{split}_clean.csv", name, posts)
-    record = {
-        "seed": seed,
-        **sizes,
-        "bias": bias,
-        "help_share": help_share,
-        "pivotal": pivotal,
-        "conflict": conflict,
-    }
-    (root / MARKER).write_text(
-        json.dumps({**record, "datasets": list(datasets)}, indent=2) + "\n", encoding="utf-8"
-    )
+    record = {"seed": seed, **sizes, **asdict(knobs), "datasets": list(datasets)}
+    (root / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return {split: size * len(datasets) for split, size in sizes.items()}
 
 

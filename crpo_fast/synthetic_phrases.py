@@ -58,7 +58,7 @@ NO_THREAT = (
     "is easy to mend",
 )
 
-WHEN = ("most nights i", "since then i", "these days i", "at home i")
+WHEN = ("most nights i", "at work i", "these days i", "at home i")
 DISTRESS = (
     "cannot sleep",
     "shake and cry",
@@ -68,6 +68,18 @@ DISTRESS = (
     "break down",
 )
 CALM = ("sleep well", "stay calm", "eat and rest", "laugh about it", "breathe easy", "keep my pace")
+
+# (cue, its value) -> the two slots of its clause
+CLAUSES: dict[tuple[str, bool], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("threat", True): (SUBJECTS, THREAT),
+    ("threat", False): (SUBJECTS, NO_THREAT),
+    ("help", True): (PEOPLE, WAYS),
+    ("help", False): (NOBODY, WAYS),
+    ("distress", True): (WHEN, DISTRESS),
+    ("distress", False): (WHEN, CALM),
+}
+# Both values of a cue in one clause: only the wording says which one holds.
+CONFLICTS = ("at first {other} but now {true}", "{true} even if they say {other}")
 
 DAYS = ("today", "yesterday", "last week", "this month", "again")
 

@@ -78,8 +78,8 @@ def test_the_rule_counts_three_signs(task, labels):
 def read_signs(text: str) -> tuple[bool, bool, bool]:
     """(threat, help, distress), read from a post by other means than those that wrote it."""
     cues = text.split(" . ", 1)[1]
-    cues = re.sub(r"they say it [^.]*? but ", "", cues)
-    cues = re.sub(r"at first [^.]*? but ", "", cues)
+    cues = re.sub(r"at first [^.]*? but now ", "", cues)
+    cues = re.sub(r" even if they say [^.]*", "", cues)
     helped = any(re.search(rf"my \w+ {way}", cues) for way in say.WAYS)
     return any(t in cues for t in say.THREAT), helped, any(d in cues for d in say.DISTRESS)
 
@@ -141,9 +141,9 @@ def test_a_known_share_of_posts_is_wrong_for_whoever_always_overlooks_help(rows)
 
 def test_conflicting_cues_are_there_and_a_knob(rows, tmp_path):
     texts = [row.text for part in rows.values() for row in part]
-    marks = ("they say it", "at first", *say.GONE)
+    marks = ("they say", "at first", *say.GONE)
     share = sum(any(mark in text for mark in marks) for text in texts) / len(texts)
-    assert 0.2 < share < 0.3
+    assert 0.45 < share < 0.55
     write_corpus(tmp_path, conflict=0.0, cold_start=20)
     assert not any(mark in r.text for r in load_official(tmp_path, "train") for mark in marks)
 
@@ -170,8 +170,8 @@ def test_vocabulary_and_lengths_stay_small(corpus, rows):
     words |= {w for r in cold for s in r.stages.values() for w in s.split()}
     assert len(words) <= 900
     prompts = [len(f"{r.instruction} {r.text}".split()) for r in rows["train"]]
-    assert 35 < sum(prompts) / len(prompts) < 45
-    assert max(prompts) <= 64
+    assert 35 < sum(prompts) / len(prompts) < 48
+    assert max(prompts) <= 72
     for row in cold:
         assert list(row.stages) == STAGES
         assert all(2 <= len(stage.split()) <= 8 for stage in row.stages.values())
