@@ -25,12 +25,13 @@ MAY_IMPORT = {
     "crpo_fast.stage_presets": set(),
     "crpo_fast.token_text": set(),
     "crpo_fast.packing": RECORDS,
-    "crpo_fast.rewards": RECORDS,
+    "crpo_fast.rewards": RECORDS | {"crpo_fast.reward_calls"},
+    "crpo_fast.reward_calls": RECORDS,
     "crpo_fast.scoring": RECORDS,
     "crpo_fast.plots": set(),
     "crpo_kernels.objective": set(),
     "crpo_kernels.spec": set(),
-    "crpo_kernels.weights": {"crpo_kernels.weights_triton"},
+    "crpo_kernels.weights": {"crpo_kernels.weights_triton", "crpo_kernels.spec"},
     "crpo_kernels.reference": {"crpo_kernels.objective", "crpo_kernels.spec"},
 }
 # All may use these: a sharded tensor is a tensor, a checkpoint is a file.
