@@ -127,7 +127,7 @@ def flat_vectors(
         [1, 1, len(spec.stage_coefs), len(spec.stage_coefs), num_groups]
     )
     token_weights = aggregation_weights(
-        torch.ones(sum(lengths), dtype=torch.bool),
+        torch.ones(sum(lengths), dtype=torch.float64),
         cu_seqlens,
         aggregation=spec.aggregation,
         num_tokens=int(tokens),
@@ -135,19 +135,19 @@ def flat_vectors(
         max_length=spec.max_length,
         group_ids=group_ids,
         group_tokens=group_tokens if num_groups else None,
-    ).to(torch.float64)
+    )
     entropy_weights = None
     if spec.has_entropy:
         entropy_weights = stage_entropy_weights(
             stage_ids,
             cu_seqlens,
-            list(spec.stage_coefs),
+            torch.tensor(spec.stage_coefs, dtype=torch.float64),
             reduction=spec.reduction,
             reference_length=spec.reference_length,
             num_sequences=int(total),
             num_present=present,
             num_stage_tokens=stage_tokens,
-        ).to(torch.float64)
+        )
     per_sequence = torch.tensor([s.advantage for s in sequences], dtype=torch.float64)
     rollout = [x for s in sequences for x in s.rollout_logprobs or ()]
     has_rollout = all(s.rollout_logprobs is not None for s in sequences)  # also of a rank with none

@@ -330,13 +330,14 @@ def export_model(
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in weights.items()
         }
+    stored = next(iter(weights.values())).dtype
     temporary = folder.with_name(folder.name + ".tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
-    _write_dtype(temporary / "config.json", next(iter(weights.values())).dtype)
+    _write_dtype(temporary / "config.json", stored)  # save_pretrained empties the dictionary
     replace_folder(temporary, folder)
     return folder
 
