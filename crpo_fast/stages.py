@@ -224,7 +224,8 @@ class StageGrammar:
         if missing or not answer.strip():
             raise ValueError(
                 "contents: expected text for every stage and the answer, got none for "
-                f"{missing or ['answer']}. Write a sentence for each, or leave the row out of the cold start."
+                f"{missing or ['answer']}. Write a sentence for each, or leave the row out of the "
+                "cold start."
             )
         filled = {"": answer, **contents}
         for name, content in filled.items():
@@ -271,7 +272,8 @@ class StageGrammar:
         if self.schedule == "explicit" and missing:
             raise ValueError(
                 "schedule: expected a coef for every stage with schedule = 'explicit', got none "
-                f"for {missing}. Write e.g. coef = -0.05 in their [[stages]] tables, or choose schedule = 'tanh'."
+                f"for {missing}. Write e.g. coef = -0.05 in their [[stages]] tables, or choose "
+                "schedule = 'tanh'."
             )
 
     def _check_tags(self) -> None:
