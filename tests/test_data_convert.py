@@ -141,7 +141,7 @@ def test_conversion_writes_the_official_layout_and_counts(tmp_path):
         ("they doubled my shift", "Work"),
         ('he "said", so\nwhat', "Other"),
     ]
-    assert all(list(row.stages) == STAGES for row in cold)
+    assert all(list(row.stages or ()) == STAGES for row in cold)
     summary = conversion.summary()
     for part in (
         "rows: train 4, val 1, test 1",

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from crpo_fast import synthetic_phrases as say
+from crpo_fast.batch import Row
 from crpo_fast.data import LABEL_SETS, OFFICIAL_EIGHT, check, load_cold_start, load_official
 from crpo_fast.synthetic import Knobs, annotate, gold_label, make_post, write_corpus
 
@@ -75,6 +76,11 @@ def test_the_rule_counts_three_signs(task, labels):
     assert gold_label(task, threat=True, helped=False, distress=True) == labels[3]
 
 
+def stages_of(row: Row) -> dict[str, str]:
+    assert row.stages is not None
+    return row.stages
+
+
 def read_signs(text: str) -> tuple[bool, bool, bool]:
     """(threat, help, distress), read from a post by other means than those that wrote it."""
     cues = text.split(" . ", 1)[1]
@@ -106,18 +112,20 @@ def test_the_annotator_overlooks_help_as_often_as_asked_and_nothing_else(corpus)
     cold = load_cold_start(corpus)
     mentions = [row for row in cold if read_signs(row.text)[1]]
     seen = {phrase.split("{who}")[0] for phrase in say.SAY_HELP}
-    overlooked = [r for r in mentions if r.stages["secondary_appraisal"] in say.SAY_NO_HELP]
+    overlooked = [r for r in mentions if stages_of(r)["secondary_appraisal"] in say.SAY_NO_HELP]
     assert 0.52 < len(mentions) / len(cold) < 0.58
     assert 0.60 < len(overlooked) / len(mentions) < 0.64
     for row in cold:
         threat, helped, distress = read_signs(row.text)
-        said = row.stages["secondary_appraisal"]
+        said = stages_of(row)["secondary_appraisal"]
         sees = said.startswith(tuple(seen)) and said not in say.SAY_NO_HELP
         assert helped or not sees  # he never invents help
-        assert row.stages["primary_appraisal"] in (say.SAY_THREAT if threat else say.SAY_NO_THREAT)
-        assert row.stages["reaction"] in (say.SAY_DISTRESS if distress else say.SAY_CALM)
+        assert stages_of(row)["primary_appraisal"] in (
+            say.SAY_THREAT if threat else say.SAY_NO_THREAT
+        )
+        assert stages_of(row)["reaction"] in (say.SAY_DISTRESS if distress else say.SAY_CALM)
         assert row.label == gold_label(row.dataset_id, threat, sees, distress)
-        assert row.stages["mental_state"].endswith(row.label)
+        assert stages_of(row)["mental_state"].endswith(row.label)
 
 
 @pytest.mark.parametrize("bias", [0.0, 1.0])
@@ -167,14 +175,14 @@ def test_vocabulary_and_lengths_stay_small(corpus, rows):
     cold = load_cold_start(corpus)
     everything = cold + [row for part in rows.values() for row in part]
     words = {w for r in everything for w in f"{r.instruction} {r.text} {r.label}".split()}
-    words |= {w for r in cold for s in r.stages.values() for w in s.split()}
+    words |= {w for r in cold for s in stages_of(r).values() for w in s.split()}
     assert len(words) <= 900
     prompts = [len(f"{r.instruction} {r.text}".split()) for r in rows["train"]]
     assert 35 < sum(prompts) / len(prompts) < 48
     assert max(prompts) <= 72
     for row in cold:
-        assert list(row.stages) == STAGES
-        assert all(2 <= len(stage.split()) <= 8 for stage in row.stages.values())
+        assert list(stages_of(row)) == STAGES
+        assert all(2 <= len(stage.split()) <= 8 for stage in stages_of(row).values())
 
 
 def test_arguments_are_recorded(tmp_path):
