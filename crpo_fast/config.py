@@ -112,9 +112,13 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class GrammarConfig:
-    """``preset``: mental_r1 | cognition_chain | ... | none; ``[[stages]]`` tables replace its stages."""
+    """``preset``: mental_r1 | cognition_chain | ... | none; ``[[stages]]`` tables replace its stages.
+
+    ``answer_tag`` "" (with preset none): the whole completion is the answer.
+    """
 
     preset: str = "mental_r1"
+    answer_tag: str = "answer"
 
 
 @dataclass(frozen=True)

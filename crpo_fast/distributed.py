@@ -74,10 +74,16 @@ def init(threads: int = 0) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def shutdown() -> None:
-    """Leave together: without the barrier some ranks abort at exit while others still talk."""
+def shutdown(*, together: bool = True) -> None:
+    """Leave the process group.
+
+    Args:
+        together: wait for the others first; without that some ranks abort at exit while others still talk.
+            False after an error that the others may not share.
+    """
     if dist.is_initialized():
-        dist.barrier()
+        if together:
+            dist.barrier()
         dist.destroy_process_group()
 
 

@@ -223,12 +223,7 @@ def load_model(
     Raises:
         ModelError: no such model, not a causal LM, no weights, or a tokenizer without an end token.
     """
-    config = _read_config(path)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"model.path: expected a causal language model, got {path} of type {config.model_type!r}."
-            f" Take a decoder such as the one of `{_SMOLLM2_HINT}`."
-        )
+    check_model(path)
     tokenizer = load_tokenizer(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -246,6 +241,20 @@ def load_model(
             " Take the tokenizer that belongs to the model."
         )
     return model, tokenizer
+
+
+def check_model(path: str | Path) -> None:
+    """Refuses what is not a causal LM's folder (or hub name), without loading weights.
+
+    Raises:
+        ModelError: no such model, or not a causal LM.
+    """
+    config = _read_config(path)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"model.path: expected a causal language model, got {path} of type {config.model_type!r}."
+            f" Take a decoder such as the one of `{_SMOLLM2_HINT}`."
+        )
 
 
 def _read_config(path: str | Path) -> Any:

@@ -78,9 +78,8 @@ def answer_reward(
         answer: N gold labels.
         dataset_id: N data set names for the lookup of W; None: all "default".
         balance_weights: (data set, label) -> W; None: W = 1.
-        grammar: finds the answer. Without one it is what the first ``<answer>`` tag holds, and the
-            whole completion where there is no answer tag; with one a missing tag is a missing
-            answer, unless the grammar itself has no tag (``answer_tag = ""``).
+        grammar: finds the answer; None: what the first ``<answer>`` tag holds. A missing tag is a
+            missing answer, unless the grammar has none (``answer_tag = ""``: the whole completion).
         match: "prefix" (the answer starts with the label, followed by no word character) or "exact"
             (the answer is the label); both ignore case.
         columns: other columns, not used.
@@ -102,7 +101,7 @@ def answer_reward(
                 f"{got}. Repeat a prompt's value for each of its samples."
             )
     weights = balance_weights or {}
-    extract = _tag_or_all if grammar is None else grammar.extract_answer
+    extract = _answer_tag if grammar is None else grammar.extract_answer
     rewards = []
     for completion, label, name in zip(completions, answer, names, strict=True):
         given = extract(completion_text(completion))
@@ -130,12 +129,10 @@ def balance_weights(rows: Iterable[Any]) -> dict[tuple[str, str], float]:
     return {(d, c): math.sqrt(of_class[d][c] * of_dataset[d]) for d, c in pairs}
 
 
-def _tag_or_all(completion: str) -> str | None:
-    opened = completion.find("<answer>")
-    if opened < 0:
-        return completion.strip()
-    content, close, _ = completion[opened + len("<answer>") :].partition("</answer>")
-    return content.strip() if close else None
+def _answer_tag(completion: str) -> str | None:
+    _, opened, rest = completion.partition("<answer>")
+    content, close, _ = rest.partition("</answer>")
+    return content.strip() if opened and close else None
 
 
 @functools.lru_cache(maxsize=1024)

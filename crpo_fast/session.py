@@ -17,8 +17,10 @@ from crpo_fast.distributed import World
 from crpo_fast.policy import Policy
 from crpo_fast.rollout import Engine
 from crpo_fast.rollout.hf import HFEngine
+from crpo_fast.rollout.static import StaticEngine
 from crpo_fast.task import Rows, Task, build_grammar, build_task, load_rows
 
+ENGINES = {"hf": HFEngine, "static": StaticEngine}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -105,7 +107,7 @@ def build(config: Config, world: World, run_dir: Path) -> Session:
         world=world,
         task=build_task(config, rows, tokenizer),
         policy=policy,
-        engine=HFEngine(policy.model, gathered=policy.gathered),
+        engine=ENGINES[config.rollout.engine](policy.model, gathered=policy.gathered),
         build_model=build_model,
         eos_ids=models.eos_ids(model, tokenizer),
     )
@@ -119,6 +121,7 @@ def _source(
     master = torch.float64 if settings.compute_dtype == "float64" else torch.float32
     attention, _ = models.choose_attention(settings.attention, world.device.type)
     if settings.path:
+        models.check_model(settings.path)
         tokenizer = models.load_tokenizer(settings.path)
         return (
             lambda: models.load_model(settings.path, dtype=master, attention=attention)[0]

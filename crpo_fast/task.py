@@ -69,18 +69,19 @@ def load_rows(config: Config, run_dir: Path, *, write: bool) -> Rows:
 
 def build_grammar(config: Config) -> StageGrammar:
     """The preset's grammar with the ``[[stages]]`` tables and the entropy schedule of the config."""
-    schedule = {
+    options = {
         "schedule": config.entropy.schedule,
         "magnitude": config.entropy.magnitude,
         "tau": config.entropy.tau,
+        "answer_tag": config.grammar.answer_tag,
     }
     try:
         if config.stages:
             tables = [Stage(s.name, s.tag or s.name, s.instruction, s.coef) for s in config.stages]
-            return StageGrammar(stages=tuple(tables), **schedule)
+            return StageGrammar(stages=tuple(tables), **options)
         if config.grammar.preset == "none":
-            return StageGrammar(stages=(), **schedule)
-        return StageGrammar.preset(config.grammar.preset, **schedule)
+            return StageGrammar(stages=(), **options)
+        return StageGrammar.preset(config.grammar.preset, **options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

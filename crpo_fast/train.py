@@ -125,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _refuse(error, is_main, 2)
     except (EntropyExplosionError, MismatchError, NonFiniteError, RewardError, RolloutError) as error:
         status = _refuse(error, is_main, 1)
-    if status == 0:
-        distributed.shutdown()
+    distributed.shutdown(together=status == 0)
     return status
 
 

@@ -82,7 +82,8 @@ def test_missing_answer():
     assert answer_reward(["Yes"], answer=["Yes"], grammar=StageGrammar()) == [-1.0]
     whole = StageGrammar(answer_tag="")
     assert answer_reward(["Yes", "x Yes"], answer=["Yes"] * 2, grammar=whole) == [1.0, -1.0]
-    assert answer_reward([" Yes", "x Yes", unclosed], answer=["Yes"] * 3) == [1.0, -1.0, -1.0]
+    found = answer_reward([tagged(" Yes "), "Yes", unclosed], answer=["Yes"] * 3)
+    assert found == [1.0, -1.0, -1.0]
     own = StageGrammar((Stage("plan"),), answer_tag="final")
     assert answer_reward(["<final>Yes</final>"], answer=["Yes"], grammar=own) == [1.0]
 
