@@ -47,7 +47,7 @@ class Knobs:
     """
 
     bias: float = 0.62
-    help_share: float = 0.55
+    help_share: float = 0.5
     pivotal: float = 0.65
     conflict: float = 0.5
 
@@ -222,7 +222,7 @@ def write_corpus(
     test: int = 40,
     cold_start: int = 1000,
     bias: float = 0.62,
-    help_share: float = 0.55,
+    help_share: float = 0.5,
     pivotal: float = 0.65,
     conflict: float = 0.5,
     datasets: Sequence[str] = OFFICIAL_EIGHT,

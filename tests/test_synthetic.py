@@ -113,7 +113,7 @@ def test_the_annotator_overlooks_help_as_often_as_asked_and_nothing_else(corpus)
     mentions = [row for row in cold if read_signs(row.text)[1]]
     seen = {phrase.split("{who}")[0] for phrase in say.SAY_HELP}
     overlooked = [r for r in mentions if stages_of(r)["secondary_appraisal"] in say.SAY_NO_HELP]
-    assert 0.52 < len(mentions) / len(cold) < 0.58
+    assert 0.47 < len(mentions) / len(cold) < 0.53
     assert 0.60 < len(overlooked) / len(mentions) < 0.64
     for row in cold:
         threat, helped, distress = read_signs(row.text)
@@ -144,7 +144,7 @@ def test_a_known_share_of_posts_is_wrong_for_whoever_always_overlooks_help(rows)
     for row in rows["test"] + rows["train"]:
         threat, _, distress = read_signs(row.text)
         wrong += gold_label(row.dataset_id, threat, False, distress) != row.label
-    assert 0.39 < wrong / 1920 < 0.48
+    assert 0.36 < wrong / 1920 < 0.45
 
 
 def test_conflicting_cues_are_there_and_a_knob(rows, tmp_path):
