@@ -26,6 +26,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from crpo_fast.attention import SDPA_PACKED
+
 __all__ = [
     "EOS_TOKEN",
     "PAD_TOKEN",
@@ -115,7 +117,8 @@ def build_model(
     tie_word_embeddings: bool = True,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
-    attention: str = "sdpa",
+    attention: str = "auto",
+    device: str = "cpu",
     seed: int = 0,
 ) -> PreTrainedModel:
     """Builds a small decoder from a config, with fp32 weights that depend on ``seed`` alone.
@@ -135,7 +138,8 @@ def build_model(
         tie_word_embeddings: whether the head is the embedding.
         eos_token_id: end token, written into config and generation config.
         pad_token_id: the same for the padding token.
-        attention: attention implementation.
+        attention: "auto" or a transformers implementation, see ``choose_attention``.
+        device: where the model will run; decides what "auto" means.
         seed: seed of the initial weights; torch's global random state is left alone.
 
     Raises:
@@ -169,7 +173,9 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention
+            config,
+            dtype=torch.float32,
+            attn_implementation=choose_attention(attention, device)[0],
         )
         _initialise(model, num_layers)
     return model
@@ -193,16 +199,16 @@ def _initialise(model: nn.Module, num_layers: int) -> None:
 def choose_attention(requested: str = "auto", device: str = "cpu") -> tuple[str, str]:
     """Returns the attention implementation and the reason for it.
 
-    ``auto`` takes the newest flash attention that is installed, on CUDA; sdpa otherwise.
+    ``auto`` is the newest installed flash attention on CUDA, ``sdpa_packed`` everywhere else.
     """
     if requested != "auto":
         return requested, "asked for by model.attention"
     if not device.startswith("cuda"):
-        return "sdpa", f"device {device} has no flash attention"
+        return SDPA_PACKED, f"sdpa, as flash attention does not run on {device}"
     for version, package in ((3, "flash_attn_3"), (2, "flash_attn")):
         if find_spec(package) is not None:
             return f"flash_attention_{version}", f"the package {package} is installed"
-    return "sdpa", 'no flash attention package is installed (pip install "crpo-fast[flash]")'
+    return SDPA_PACKED, 'sdpa, as no flash attention is installed (pip install "crpo-fast[flash]")'
 
 
 def load_model(

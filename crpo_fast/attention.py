@@ -1,0 +1,100 @@
+"""Attention of packed rows with plain torch: ``sdpa_packed``, an implementation for transformers.
+
+A packed row holds many sequences, position ids restart at 0. transformers' ``sdpa`` computes the whole
+[T, T] matrix of such a row under a mask. Here every sequence is a causal call of its own: the same numbers,
+sum of len_i^2 instead of T^2 work, and no mask. Padded batches, generation with a cache and
+sliding windows go to ``sdpa`` unchanged.
+
+Import this module once, then load a model with ``attn_implementation="sdpa_packed"``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+__all__ = ["SDPA_PACKED", "sequence_lengths"]
+
+SDPA_PACKED = "sdpa_packed"
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, T, d]
+    key: Tensor,  # [B, H_kv, S, d]
+    value: Tensor,  # [B, H_kv, S, d]
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sequence of a packed row; returns [B, T, H, d]."""
+    lengths = [query.shape[2]]
+    if attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
+        lengths = [query.shape[2]] if position_ids is None else sequence_lengths(position_ids)
+    if len(lengths) == 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    outputs = [
+        scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
+        )
+        for q, k, v in zip(
+            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+        )
+    ]
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+_last: tuple[weakref.ref[Tensor], int, list[int]] | None = None
+
+
+def sequence_lengths(position_ids: Tensor) -> list[int]:
+    """Lengths of the sequences packed in ``position_ids`` [1, T]: a new one starts where they do not count on.
+
+    All layers of a forward ask with the same tensor; the last answer is kept (one device sync a forward).
+    """
+    global _last
+    if _last is not None and _last[0]() is position_ids and _last[1] == position_ids._version:
+        return _last[2]
+    row = position_ids[0]
+    starts = (row[1:] != row[:-1] + 1).nonzero().squeeze(1) + 1
+    bounds = [0, *starts.tolist(), row.shape[0]]
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    _last = (weakref.ref(position_ids), position_ids._version, lengths)
+    return lengths
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """No mask for one packed (or plain) row; sdpa's mask otherwise."""
+    windowed = local_size is not None and kv_length > local_size
+    if batch_size == 1 and q_length == kv_length and attention_mask is None and not windowed:
+        return None
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        **kwargs,
+    )
+
+
+AttentionInterface.register(SDPA_PACKED, _attention)
+AttentionMaskInterface.register(SDPA_PACKED, _mask)
