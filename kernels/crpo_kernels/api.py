@@ -112,7 +112,7 @@ def linear_policy_loss(
     """The fused policy loss: sums, no means, because the weights hold every denominator.
 
     Returns:
-        loss: ``[]``, differentiable once in hidden, weight and bias; per-token inputs are constants.
+        loss: ``[]``, differentiable once in hidden, weight and bias; all else is constant.
         stats: `TokenStats` of ``[T]``, detached.
 
     Raises:

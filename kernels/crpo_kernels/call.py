@@ -20,8 +20,9 @@ from .autograd import (
     total_loss,
 )
 from .chunked import Head, one_pass, stats_dtype, without_autocast
+from .compilation import uncompiled_reason
 from .dispatch import choose_backend, choose_mode, log_choice
-from .plan import Plan, make_plan
+from .plan import make_plan
 from .reference import dense_logits, dense_logprobs
 from .rows_torch import LogitView
 from .spec import Logprobs, TokenInputs, TokenStats
@@ -71,8 +72,14 @@ class HeadCall:
         if isinstance(temperature, Tensor):
             temperature = self.compact(temperature)
         check_temperatures(temperature)
+        self.options = {
+            "bias": bias,
+            "temperature": temperature,
+            "logit_scale": logit_scale,
+            "logit_softcap": logit_softcap,
+        }
         constant_bias = None if bias is None else bias.detach().to(self.dtype)
-        self.view = LogitView(constant_bias, logit_scale, logit_softcap, temperature)
+        self.view = LogitView.make(constant_bias, temperature, logit_scale, logit_softcap)
 
     def needs(self, tensor: Tensor | None) -> bool:
         """Whether a gradient flows to ``tensor``."""
@@ -118,7 +125,8 @@ class HeadCall:
         """
         check_workspace(workspace_bytes)
         chosen = choose_mode(mode, one_pass_reason)
-        plan: Plan = make_plan(
+        eager_reason = uncompiled_reason(self.hidden, self.labels.numel(), self.weight.shape[0])
+        plan = make_plan(
             self.hidden,
             self.weight,
             self.labels.numel(),
@@ -126,12 +134,9 @@ class HeadCall:
             mode=chosen,
             workspace_bytes=workspace_bytes,
             needs_weight_grad=self.needs(self.weight),
+            is_compiled=eager_reason is None,
         )
-        log_choice(
-            plan.backend,
-            plan.mode,
-            one_pass_reason or "coefficients are known before the head runs",
-        )
+        log_choice(plan.backend, plan.mode, one_pass_reason, eager_reason)
         self.head = Head(
             rows=self.rows,
             labels=self.labels,
@@ -148,14 +153,7 @@ class HeadCall:
             return head_logprobs(self.hidden, self.weight, self.bias, self.head)
         hidden = self.hidden if self.rows is None else self.hidden[self.rows]  # [n, D]
         with without_autocast(hidden):
-            logits = dense_logits(
-                hidden,
-                self.weight,
-                bias=self.bias,
-                temperature=self.view.temperature,
-                logit_scale=self.view.logit_scale,
-                logit_softcap=self.view.logit_softcap,
-            )  # [n, V]
+            logits = dense_logits(hidden, self.weight, **self.options)  # [n, V]
             *outputs, is_top1 = dense_logprobs(logits, self.labels)
         return Logprobs(*outputs), is_top1
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .plan import Plan, raw_dtype
-from .rows_torch import LogitView, RowStats, Scratch, row_grad_, row_stats
+from .rows_compiled import CompiledRows
+from .rows_torch import EagerRows, LogitView, RowStats
 from .terms import Coefficients
 
 
@@ -76,14 +77,15 @@ class Chunks:
         if kept_raw is None:
             kept_raw = hidden.new_empty(size, weight.shape[0], dtype=raw_dtype(hidden))
         self.raw = kept_raw  # [C, V]
-        shares = self.raw.dtype == hidden.dtype and not hidden.is_cuda
-        self.d_raw = self.raw if shares or not head.needs_any else hidden.new_empty(self.raw.shape)
-        self.scratch = Scratch.allocate(
-            max(1, min(head.plan.block_rows, size)),
-            weight.shape[0],
-            stats_dtype(hidden),
-            hidden.device,
-        )
+        in_place = not head.needs_any or self.raw.dtype == hidden.dtype
+        self.d_raw = self.raw if in_place else hidden.new_empty(self.raw.shape)  # [C, V]
+        dtype, plan = stats_dtype(hidden), head.plan
+        self.work: CompiledRows | EagerRows
+        if plan.is_compiled:
+            self.work = CompiledRows(dtype)
+        else:
+            block_rows = max(1, min(plan.block_rows, size))
+            self.work = EagerRows(block_rows, weight.shape[0], dtype, hidden.device)
 
     def __iter__(self) -> Iterator[slice]:
         """Slices of the counted rows."""
@@ -108,20 +110,20 @@ class Chunks:
 
     def stats(self, rows: slice, raw: Tensor) -> RowStats:
         """Statistics of a chunk."""
-        return row_stats(raw, self.head.labels[rows], self.head.view.take(rows), self.scratch)
+        return self.work.stats(raw, self.head.labels[rows], self.head.view.take(rows))
 
     def grad(self, rows: slice, raw: Tensor, stats: RowStats, coefficients: Coefficients) -> Tensor:
-        """D loss / d raw of a chunk ``[C, V]``."""
+        """Gradient of the raw products of a chunk ``[C, V]``."""
         d_raw = self.d_raw[: raw.shape[0]]
         labels, view = self.head.labels[rows], self.head.view.take(rows)
-        row_grad_(raw, d_raw, labels, view, stats, coefficients, self.scratch)
+        self.work.grad_(raw, d_raw, labels, view, stats, coefficients)
         return d_raw
 
 
 def score(hidden: Tensor, weight: Tensor, head: Head) -> tuple[RowStats, Tensor | None]:
     """Statistics of all counted rows ``[n]``, and the raw products if one chunk held them all."""
     chunks = Chunks(hidden, weight, head)
-    with without_autocast(hidden):
+    with without_autocast(hidden), torch.no_grad():
         parts = [chunks.stats(rows, chunks.logits(rows)) for rows in chunks]
     if not parts:
         return empty_stats(hidden), None
@@ -142,7 +144,7 @@ def one_pass(
     objective: Callable[[slice, RowStats], Coefficients],
 ) -> Gradients:
     """Mode A: ``objective`` says the coefficients of a chunk while its logits are hot."""
-    with without_autocast(hidden):
+    with without_autocast(hidden), torch.no_grad():
         return _run(hidden, weight, head, objective, kept_raw=None, stats=None)
 
 
@@ -159,7 +161,7 @@ def backprop(
     def take(rows: slice, _stats: RowStats) -> Coefficients:
         return coefficients.take(rows)
 
-    with without_autocast(hidden):
+    with without_autocast(hidden), torch.no_grad():
         return _run(hidden, weight, head, take, kept_raw=kept_raw, stats=stats)
 
 

@@ -12,7 +12,7 @@ mode      one_pass   gradients are made while a chunk's logits are hot; 6NVD ope
 from __future__ import annotations
 
 import logging
-from functools import cache
+from functools import lru_cache
 
 from .spec import ObjectiveSpec, check_choice
 
@@ -55,7 +55,16 @@ def choose_mode(mode: str, reason: str | None) -> str:
     return mode
 
 
-@cache
-def log_choice(backend: str, mode: str, reason: str) -> None:
-    """Log a choice once per process."""
-    logger.info("backend %s, mode %s: %s", backend, mode, reason)
+def log_choice(
+    backend: str, mode: str, one_pass_reason: str | None, eager_reason: str | None
+) -> None:
+    """Log each choice once per process, with its reason."""
+    known = "the coefficients are known before the head runs"
+    _log_once(f"backend {backend}, mode {mode}: {one_pass_reason or known}")
+    kind = "compiled" if eager_reason is None else "eager"
+    _log_once(f"row passes {kind}: {eager_reason or 'there is a C++ compiler and enough to do'}")
+
+
+@lru_cache(maxsize=256)
+def _log_once(message: str) -> None:
+    logger.info(message)

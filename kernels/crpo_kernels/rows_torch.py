@@ -2,21 +2,22 @@
 
 ``raw = hidden @ weight.T`` ``[C, V]`` is read twice and written once:
 
-    z = softcap(logit_scale * (raw + bias)) / temperature,  never below -1e30
+    z = outer * tanh(inner * (raw + bias))  under a soft cap, else  outer * (raw + bias)
     row_stats   m = max z,  s = sum e^(z-m),  t = sum e^(z-m) (z-m)         nothing cancels
                 logprob = (z_y - m) - log s,   lse = m + log s,   H = log s - t/s
     row_grad    p_j = e^(z_j - m - log s)
                 dz_j = p_j (a + b (z_j - m))      a = l - g + q t/s,  b = -q     (terms.py: g, q, l)
                 dz_y = g (1 - p_y) - p_y (q (logprob + H) - l)         1 - p_y = -expm1(logprob)
-                d_raw_j = dz_j * softcap'(.) * logit_scale / temperature
+                d_raw_j = dz_j * slope * (1 - tanh^2)        slope = logit_scale / temperature
 
-The two functions work through blocks of rows that fit the cache, with ordinary torch operations and
-two scratch buffers. ``-inf`` logits become -1e30 (probability 0, every product with it finite); NaN
-stays.
+`EagerRows` goes through blocks of rows that fit the cache, with ordinary torch operations;
+`rows_compiled` has the same formulas as generated loops. ``-inf`` logits become -1e30 (probability
+0, every product with it finite); NaN stays NaN.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,52 +27,64 @@ from torch import Tensor
 from .terms import Coefficients
 
 LOWEST_LOGIT = -1e30  # stands for -inf
-BLOCK_ELEMENTS = (
-    1 << 19
-)  # of one fp32 scratch buffer: 2 MiB, so that a block's passes stay in the cache
 
 
 @dataclass(frozen=True)
 class LogitView:
-    """How raw products become logits; the same for all rows but the temperature."""
+    """How raw products become logits; the same for all rows but the temperature.
 
-    bias: Tensor | None  # [V] in the dtype of the statistics
-    logit_scale: float
-    logit_softcap: float | None
-    temperature: Tensor | float  # [C] in the dtype of the statistics, or one for all
+    Attributes:
+        bias: ``[V]`` in the dtype of the statistics, or None.
+        inner: logit_scale / softcap, or None without a soft cap.
+        outer: softcap / temperature (without a cap logit_scale / temperature): a float, or ``[C]``.
+    """
 
-    def take(self, rows: slice | Tensor) -> LogitView:
+    bias: Tensor | None
+    inner: float | None
+    outer: Tensor | float
+
+    @classmethod
+    def make(
+        cls,
+        bias: Tensor | None,  # [V]
+        temperature: Tensor | float,  # [C] or one for all
+        logit_scale: float,
+        logit_softcap: float | None,
+    ) -> LogitView:
+        """From a call's options; ``bias`` and a tensor of temperatures in the statistics' dtype."""
+        if logit_softcap is None:
+            return cls(bias, None, logit_scale / temperature)
+        return cls(bias, logit_scale / logit_softcap, logit_softcap / temperature)
+
+    def take(self, rows: slice) -> LogitView:
         """The view of some rows."""
-        if not isinstance(self.temperature, Tensor):
+        if not isinstance(self.outer, Tensor):
             return self
-        return LogitView(self.bias, self.logit_scale, self.logit_softcap, self.temperature[rows])
+        return LogitView(self.bias, self.inner, self.outer[rows])
 
-    def column(self) -> Tensor | float:
-        """The temperature as a float or ``[C, 1]``."""
-        if isinstance(self.temperature, Tensor):
-            return self.temperature.unsqueeze(1)
-        return self.temperature
-
+    @property
     def slope(self) -> Tensor | float:
-        """D logit / d raw without the soft cap: a float or ``[C, 1]``."""
-        return self.logit_scale / self.column()
+        """D logit / d raw without the soft cap: logit_scale / temperature, a float or ``[C]``."""
+        return self.outer if self.inner is None else self.outer * self.inner
 
     def apply_(self, x: Tensor) -> Tensor:  # [C, V]
         """Turn raw products into logits in place."""
         if self.bias is not None:
             x.add_(self.bias)
-        if self.logit_softcap is not None:
-            x.mul_(self.logit_scale / self.logit_softcap).tanh_()
-            x.mul_(self.logit_softcap / self.column())
-        elif isinstance(self.temperature, Tensor) or self.slope() != 1.0:
-            x.mul_(self.slope())
+        if self.inner is not None:
+            x.mul_(self.inner).tanh_()
+        if isinstance(self.outer, Tensor):
+            x.mul_(self.outer.unsqueeze(1))
+        elif self.outer != 1.0:
+            x.mul_(self.outer)
         return x.clamp_(min=LOWEST_LOGIT)
 
-    def softcap_slope(self, z: Tensor) -> Tensor:  # [C, V]
+    def softcap_slope(self, z: Tensor) -> Tensor:  # [C, V] or [C]
         """1 - tanh^2, the derivative of the soft cap, from finished logits."""
-        assert self.logit_softcap is not None, "only called under a soft cap"
-        tanh = z * (self.column() / self.logit_softcap)
-        return tanh.square_().neg_().add_(1.0)
+        outer = self.outer
+        if isinstance(outer, Tensor) and z.dim() == 2:
+            outer = outer.unsqueeze(1)
+        return (z / outer).square_().neg_().add_(1.0)
 
 
 class RowStats(NamedTuple):
@@ -95,99 +108,92 @@ class RowStats(NamedTuple):
 
     def take(self, rows: slice) -> RowStats:
         """The statistics of some rows."""
-        return RowStats(*(value[rows] for value in self))
+        return self._make(value[rows] for value in self)
 
 
-@dataclass(frozen=True)
-class Scratch:
-    """Two buffers of one block each, shared by all chunks of a call."""
-
-    x: Tensor  # [b, V]
-    e: Tensor  # [b, V]
-
-    @staticmethod
-    def block_rows(vocab_size: int, max_rows: int) -> int:
-        """Rows of a block: as many as fit ``BLOCK_ELEMENTS``, at least 1."""
-        return max(1, min(BLOCK_ELEMENTS // max(vocab_size, 1), max_rows))
-
-    @classmethod
-    def allocate(
-        cls, rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
-    ) -> Scratch:
-        """Both buffers for blocks of ``rows`` rows."""
-        x = torch.empty(rows, vocab_size, dtype=dtype, device=device)
-        return cls(x, torch.empty_like(x))
-
-
-def row_stats(
-    raw: Tensor, labels: Tensor, view: LogitView, scratch: Scratch
-) -> RowStats:  # raw [C, V]
-    """Statistics of the rows of ``raw``, which stays as it is."""
-    num_rows = raw.shape[0]
-    parts = scratch.x.new_empty(4, num_rows)  # z_y - m, m, s, t
-    for start in range(0, num_rows, scratch.x.shape[0]):
-        rows = slice(start, min(start + scratch.x.shape[0], num_rows))
-        size = rows.stop - start
-        z, e = scratch.x[:size], scratch.e[:size]  # [b, V]
-        view.take(rows).apply_(z.copy_(raw[rows]))
-        maximum = torch.amax(z, dim=1, out=parts[1, rows])  # [b]
-        torch.exp(z.sub_(maximum.unsqueeze(1)), out=e)
-        parts[0, rows] = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
-        torch.sum(e, dim=1, out=parts[2, rows])
-        torch.sum(z.mul_(e), dim=1, out=parts[3, rows])
-    return finish_stats(*parts)
-
-
-def finish_stats(
-    label_shift: Tensor, maximum: Tensor, s: Tensor, t: Tensor
-) -> RowStats:  # [C] each
-    """From the row sums to the statistics."""
+def finish_stats(label_shift: Tensor, maximum: Tensor, s: Tensor, t: Tensor) -> RowStats:
+    """From the row sums ``[C]`` to the statistics."""
     log_sum = s.log()
     return RowStats(label_shift - log_sum, maximum, log_sum, t / s, label_shift >= 0)
 
 
-def row_grad_(
-    raw: Tensor,  # [C, V]
-    d_raw: Tensor,  # [C, V] written; may be ``raw`` itself on a CPU
-    labels: Tensor,  # [C]
-    view: LogitView,
-    stats: RowStats,
-    coefficients: Coefficients,
-    scratch: Scratch,
-) -> None:
-    """Write d loss / d raw."""
-    a, b, label_grad = row_coefficients(stats, coefficients)  # [C], [C] or None, [C]
-    for start in range(0, raw.shape[0], scratch.x.shape[0]):
-        rows = slice(start, min(start + scratch.x.shape[0], raw.shape[0]))
-        z, p = scratch.x[: rows.stop - start], scratch.e[: rows.stop - start]  # [b, V]
-        block_view = view.take(rows)
-        block_view.apply_(z.copy_(raw[rows]))
-        capped = None if view.logit_softcap is None else block_view.softcap_slope(z)  # [b, V]
-        z.sub_(stats.maximum[rows].unsqueeze(1))
-        torch.sub(z, stats.log_sum[rows].unsqueeze(1), out=p).exp_()
-        if b is None:
-            dz = p.mul_(a[rows].unsqueeze(1))
-        else:
-            dz = z.mul_(b[rows].unsqueeze(1)).add_(a[rows].unsqueeze(1)).mul_(p)
-        dz.scatter_(1, labels[rows].unsqueeze(1), label_grad[rows].unsqueeze(1))
-        if capped is not None:
-            dz.mul_(capped)
-        slope = block_view.slope()
-        if isinstance(slope, Tensor) or slope != 1.0:
-            dz.mul_(slope)
-        d_raw[rows] = dz
+class RowFactors(NamedTuple):
+    """What one row's gradient needs besides its logits, the slope of the logits included."""
+
+    a: Tensor  # [C]
+    b: Tensor | None  # [C], None without an entropy slope
+    label_grad: Tensor  # [C] d loss / d raw_y
 
 
-def row_coefficients(
-    stats: RowStats, coefficients: Coefficients
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """a, b and dz_y of every row, each ``[C]``; b is None without an entropy slope."""
+def row_factors(view: LogitView, stats: RowStats, coefficients: Coefficients) -> RowFactors:
+    """a, b and d_raw_y of every row."""
     g, q, l = coefficients  # noqa: E741  (the names of the formula)
     p = stats.logprobs.exp()
     a, label_grad, b = -g, -torch.expm1(stats.logprobs) * g, None
     if q is not None:
-        a, b = a + q * stats.mean_shift, -q
+        a, b = a + q * stats.mean_shift, -q * view.slope
         label_grad = label_grad - p * q * (stats.logprobs + stats.entropy)
     if l is not None:
         a, label_grad = a + l, label_grad + p * l
-    return a, b, label_grad
+    if view.inner is not None:
+        label_logit = stats.logprobs + stats.log_sum + stats.maximum  # [C]
+        label_grad = label_grad * view.softcap_slope(label_logit)
+    return RowFactors(a * view.slope, b, label_grad * view.slope)
+
+
+class EagerRows:
+    """The row work block by block, in two scratch buffers of one block each."""
+
+    def __init__(
+        self, block_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.x = torch.empty(block_rows, vocab_size, dtype=dtype, device=device)  # [b, V]
+        self.e = torch.empty_like(self.x)  # [b, V]
+
+    def blocks(self, num_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The blocks of a chunk of ``num_rows`` rows, with their part of both buffers."""
+        step = self.x.shape[0]
+        for start in range(0, num_rows, step):
+            size = min(step, num_rows - start)
+            yield slice(start, start + size), self.x[:size], self.e[:size]
+
+    def stats(
+        self,
+        raw: Tensor,  # [C, V] stays as it is
+        labels: Tensor,  # [C]
+        view: LogitView,
+    ) -> RowStats:
+        """Statistics of the rows of ``raw``."""
+        parts = self.x.new_empty(4, raw.shape[0])  # z_y - m, m, s, t
+        for rows, z, e in self.blocks(raw.shape[0]):
+            view.take(rows).apply_(z.copy_(raw[rows]))
+            maximum = torch.amax(z, dim=1, out=parts[1, rows])  # [b]
+            torch.exp(z.sub_(maximum.unsqueeze(1)), out=e)
+            parts[0, rows] = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
+            torch.sum(e, dim=1, out=parts[2, rows])
+            torch.sum(z.mul_(e), dim=1, out=parts[3, rows])
+        return finish_stats(*parts)
+
+    def grad_(
+        self,
+        raw: Tensor,  # [C, V]
+        d_raw: Tensor,  # [C, V] written; may be ``raw`` itself
+        labels: Tensor,  # [C]
+        view: LogitView,
+        stats: RowStats,
+        coefficients: Coefficients,
+    ) -> None:
+        """Write d loss / d raw."""
+        a, b, label_grad = row_factors(view, stats, coefficients)
+        for rows, z, p in self.blocks(raw.shape[0]):
+            block_view = view.take(rows)
+            block_view.apply_(z.copy_(raw[rows]))
+            capped = None if view.inner is None else block_view.softcap_slope(z)  # [b, V]
+            z.sub_(stats.maximum[rows].unsqueeze(1))
+            torch.sub(z, stats.log_sum[rows].unsqueeze(1), out=p).exp_()
+            if b is None:
+                dz = p.mul_(a[rows].unsqueeze(1))
+            else:
+                dz = z.mul_(b[rows].unsqueeze(1)).add_(a[rows].unsqueeze(1)).mul_(p)
+            d_raw[rows] = dz if capped is None else dz.mul_(capped)
+        d_raw.scatter_(1, labels.unsqueeze(1), label_grad.unsqueeze(1).to(d_raw.dtype))

@@ -23,15 +23,12 @@ def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
     Raises:
         ValueError: naming the argument, what it is and what to do.
     """
-    for name, tensor in {
-        "hidden": hidden,
-        "weight": weight,
-        "labels": labels,
-        "bias": bias,
-    }.items():
-        if tensor is not None or name != "bias":
-            _check_plain(name, tensor)
-            _check_device(name, tensor, hidden)
+    tensors = {"hidden": hidden, "weight": weight, "labels": labels}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        _check_plain(name, tensor)
+        _check_device(name, tensor, hidden)
     if hidden.dim() < 2:
         raise ValueError(
             f"hidden: expected [T, D] (or more leading dimensions), got {list(hidden.shape)}. "
@@ -156,7 +153,8 @@ def check_temperature(
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(
             f"temperature: expected a finite number above 0, got {temperature}. Pass the "
-            "temperature that the tokens were sampled with; greedy sampling has no finite log-probabilities."
+            "temperature that the tokens were sampled with; greedy sampling has no finite "
+            "log-probabilities."
         )
     return float(temperature)
 

@@ -1,0 +1,128 @@
+"""The formulas of `rows_torch` as loops that ``torch.compile`` generates: one pass each.
+
+Rows, vocabulary size and temperatures are dynamic: another number of rows compiles nothing. What is
+absent (bias, soft cap, entropy slope) is a variant of its own. On a row of a large vocabulary both
+passes of the statistics hit the second-level cache.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rows_torch import (
+    LOWEST_LOGIT,
+    LogitView,
+    RowStats,
+    finish_stats,
+    row_factors,
+)
+from .terms import Coefficients
+
+
+def _logits(
+    raw: Tensor,  # [C, V] or [C, 1]
+    bias: Tensor | None,  # [V] or [C, 1]
+    inner: Tensor | None,  # []
+    outer: Tensor,  # [C, 1]
+) -> Tensor:  # [C, V]
+    z = raw.to(outer.dtype)
+    if bias is not None:
+        z = z + bias
+    if inner is not None:
+        z = torch.tanh(z * inner)
+    z = z * outer
+    return torch.where(z < LOWEST_LOGIT, LOWEST_LOGIT, z)
+
+
+def _stats(
+    raw: Tensor,  # [C, V]
+    bias: Tensor | None,  # [V]
+    inner: Tensor | None,  # []
+    outer: Tensor,  # [C, 1]
+) -> tuple[Tensor, Tensor, Tensor]:  # [C] each
+    z = _logits(raw, bias, inner, outer)
+    maximum = z.amax(1, keepdim=True)  # [C, 1]
+    shifted = z - maximum
+    e = torch.exp(shifted)
+    return maximum.squeeze(1), e.sum(1), (e * shifted).sum(1)
+
+
+def _grad_(
+    raw: Tensor,  # [C, V]
+    d_raw: Tensor,  # [C, V] written; may be ``raw`` itself
+    logits: tuple[Tensor | None, Tensor | None, Tensor],  # bias, inner, outer of `_logits`
+    columns: tuple[Tensor, Tensor, Tensor, Tensor | None],  # m, log s, a, b: [C, 1] each
+) -> None:
+    maximum, log_sum, a, b = columns
+    z = _logits(raw, *logits)
+    shifted = z - maximum
+    p = torch.exp(shifted - log_sum)
+    dz = p * (a if b is None else a + b * shifted)
+    if logits[1] is not None:
+        dz = dz * (1.0 - torch.square(z / logits[2]))
+    d_raw.copy_(dz)
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    """``function`` compiled; ``fullgraph``: it never falls back to running op by op."""
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _arguments(view: LogitView, num_rows: int, like: Tensor) -> tuple:
+    """(bias, inner, outer) of `_logits` as tensors: a new value compiles nothing."""
+    inner = None if view.inner is None else like.new_tensor(view.inner)
+    outer = view.outer
+    column = outer if isinstance(outer, Tensor) else like.new_full((num_rows,), outer)
+    return view.bias, inner, column.unsqueeze(1)
+
+
+class CompiledRows:
+    """The row work in generated loops, with statistics in ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def stats(
+        self,
+        raw: Tensor,  # [C, V] stays as it is
+        labels: Tensor,  # [C]
+        view: LogitView,
+    ) -> RowStats:
+        """Statistics of the rows of ``raw``."""
+        like = raw.new_empty(0, dtype=self.dtype)
+        bias, inner, outer = _arguments(view, raw.shape[0], like)
+        maximum, s, t = _compiled(_stats)(raw, bias, inner, outer)
+        picked = raw.gather(1, labels.unsqueeze(1))  # [C, 1]
+        label_bias = None if bias is None else bias[labels].unsqueeze(1)
+        label_logits = _logits(picked, label_bias, inner, outer).squeeze(1)  # [C]
+        shift = label_logits - maximum
+        if (
+            inner is not None
+        ):  # generated code may round tanh differently: the top label is the maximum
+            is_rounding = shift.abs() <= 2 * torch.finfo(self.dtype).eps * maximum.abs()
+            shift = torch.where(is_rounding, 0.0, shift)
+        return finish_stats(shift, maximum, s, t)
+
+    def grad_(
+        self,
+        raw: Tensor,  # [C, V]
+        d_raw: Tensor,  # [C, V] written; may be ``raw`` itself
+        labels: Tensor,  # [C]
+        view: LogitView,
+        stats: RowStats,
+        coefficients: Coefficients,
+    ) -> None:
+        """Write d loss / d raw."""
+        a, b, label_grad = row_factors(view, stats, coefficients)
+        columns = tuple(
+            None if x is None else x.unsqueeze(1) for x in (stats.maximum, stats.log_sum, a, b)
+        )
+        arguments = _arguments(view, raw.shape[0], stats.logprobs)
+        _compiled(_grad_)(raw, d_raw, arguments, columns)
+        rows = torch.arange(raw.shape[0], device=raw.device)
+        d_raw[rows, labels] = label_grad.to(d_raw.dtype)
