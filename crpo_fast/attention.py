@@ -1,16 +1,18 @@
 """Attention of packed rows with plain torch: ``sdpa_packed``, an implementation for transformers.
 
-A packed row holds many sequences, position ids restart at 0. transformers' ``sdpa`` computes the whole
-[T, T] matrix of such a row under a mask. Here every sequence is a causal call of its own: the same numbers,
-sum of len_i^2 instead of T^2 work, and no mask. Padded batches, generation with a cache and
-sliding windows go to ``sdpa`` unchanged.
+A packed row holds many sequences; position ids restart at 0. transformers' ``sdpa`` computes the
+whole [T, T] matrix of such a row under a mask. Here every sequence is a causal call of its own: the
+same numbers, sum of len_i^2 instead of T^2 work, and no mask. Padded batches, generation with a
+cache and sliding windows go to ``sdpa`` unchanged.
 
-Import this module once, then load a model with ``attn_implementation="sdpa_packed"``.
+After importing this module, models load with ``attn_implementation="sdpa_packed"``.
 """
 
 from __future__ import annotations
 
 import weakref
+from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,9 +22,24 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["SDPA_PACKED", "sequence_lengths"]
+__all__ = ["SDPA_PACKED", "choose_attention", "sequence_lengths"]
 
 SDPA_PACKED = "sdpa_packed"
+
+
+def choose_attention(requested: str = "auto", device: str = "cpu") -> tuple[str, str]:
+    """Returns the attention implementation and the reason for it.
+
+    ``auto`` is the newest installed flash attention on CUDA, ``sdpa_packed`` everywhere else.
+    """
+    if requested != "auto":
+        return requested, "asked for by model.attention"
+    if not device.startswith("cuda"):
+        return SDPA_PACKED, f"sdpa, as flash attention does not run on {device}"
+    for version, package in ((3, "flash_attn_3"), (2, "flash_attn")):
+        if find_spec(package) is not None:
+            return f"flash_attention_{version}", f"the package {package} is installed"
+    return SDPA_PACKED, 'sdpa, as no flash attention is installed (pip install "crpo-fast[flash]")'
 
 
 def _attention(
@@ -59,9 +76,10 @@ _last: tuple[weakref.ref[Tensor], int, list[int]] | None = None
 
 
 def sequence_lengths(position_ids: Tensor) -> list[int]:
-    """Lengths of the sequences packed in ``position_ids`` [1, T]: a new one starts where they do not count on.
+    """Lengths of the sequences in ``position_ids`` [1, T]: one ends where they do not count on.
 
-    All layers of a forward ask with the same tensor; the last answer is kept (one device sync a forward).
+    All layers of a forward ask with the same tensor; the last answer is kept, so that a forward
+    waits for the device once.
     """
     global _last
     if _last is not None and _last[0]() is position_ids and _last[1] == position_ids._version:
@@ -69,7 +87,7 @@ def sequence_lengths(position_ids: Tensor) -> list[int]:
     row = position_ids[0]
     starts = (row[1:] != row[:-1] + 1).nonzero().squeeze(1) + 1
     bounds = [0, *starts.tolist(), row.shape[0]]
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     _last = (weakref.ref(position_ids), position_ids._version, lengths)
     return lengths
 

@@ -1,6 +1,6 @@
-"""Models and tokenizers: build a small one, load one, train a tokenizer, export a folder.
+"""Models and tokenizers: build, load, refuse with advice, export.
 
-python -m crpo_fast.models smollm2 <folder>     a real pretrained 135 M-parameter model, converted once
+``python -m crpo_fast.models smollm2 <folder>`` makes the small pretrained model, once.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,190 +25,79 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
-from crpo_fast.attention import SDPA_PACKED
+from crpo_fast.attention import choose_attention
+from crpo_fast.models_build import EOS_TOKEN, PAD_TOKEN, ModelError, build_model, train_tokenizer
 
 __all__ = [
     "EOS_TOKEN",
     "PAD_TOKEN",
     "ModelError",
     "build_model",
+    "check_model",
     "choose_attention",
     "eos_ids",
     "export_model",
     "load_model",
+    "load_tokenizer",
     "train_tokenizer",
 ]
 
-EOS_TOKEN = "<|end|>"
-PAD_TOKEN = "<|pad|>"
-ARCHITECTURES = ("llama", "qwen3")
-_SMOLLM2_HINT = "python -m crpo_fast.models smollm2 models/smollm2"
+_MAKE = "python -m crpo_fast.models smollm2 models/smollm2"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-class ModelError(ValueError):
-    """A model or tokenizer that cannot be used; the message says what to type."""
-
-
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, tags: Sequence[str]
-) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE over whitespace-separated words.
-
-    Punctuation stays with its word, so frequent words with their comma are one token. Every tag is one
-    token wherever it occurs and survives decoding. ``decode(encode(text)) == text`` for every text.
-
-    Args:
-        texts: the corpus.
-        vocab_size: size of the whole vocabulary at most: pad, end, 256 bytes, merges, tags.
-        tags: whole tags such as "<think>" and "</think>".
-
-    Returns:
-        A tokenizer with pad and end token and without a chat template. The same texts in the same order
-        give the same tokenizer.
+def check_model(path: str | Path) -> None:
+    """Refuses what is not the folder (or hub name) of a causal LM, without loading weights.
 
     Raises:
-        ModelError: ``vocab_size`` leaves no room for bytes and tags, or a tag is empty or given twice.
+        ModelError: no such model, no config, or not a causal LM.
     """
-    special = [PAD_TOKEN, EOS_TOKEN]
-    if len(set(tags)) != len(tags) or "" in tags or set(tags) & set(special):
+    folder = Path(path)
+    if not folder.is_dir() and not _HUB_NAME.fullmatch(str(path)):
         raise ModelError(
-            f"tags: expected different, non-empty strings other than {special}, got {list(tags)}."
-            " Rename the stages."
+            f"model.path: expected a model folder, got {path} (there is none). "
+            f"Make one with `{_MAKE}` and type --model.path models/smollm2."
         )
-    smallest = len(special) + 256 + len(tags)
-    if vocab_size < smallest:
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
-            f"vocab_size: expected at least {smallest} (2 special tokens, 256 bytes, {len(tags)} tags),"
-            f" got {vocab_size}. Set model.vocab_size = {smallest + 512}."
+            f"model.path: expected a folder with a config.json, got {path} without one. "
+            "Give a folder that save_pretrained wrote, such as --model.path <run>/final."
         )
-    tokenizer = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r" ?\S+|\s+(?!\S)|\s+"), behavior="isolated")
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(tags),
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    pattern = re.compile("|".join(map(re.escape, sorted(tags, key=len, reverse=True))) or r"(?!)")
-    tokenizer.train_from_iterator((pattern.sub(" ", text) for text in texts), trainer)
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS_TOKEN,
-        pad_token=PAD_TOKEN,
-        clean_up_tokenization_spaces=False,
-    )
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.path: expected a model folder or a hub name, got {path}: {_first_line(error)} "
+            f"Give a folder on this machine; `{_MAKE}` makes one."
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"model.path: expected a causal language model, got {path} of type "
+            f"{config.model_type!r}. Give a decoder, such as the one that `{_MAKE}` makes."
+        )
 
 
-def build_model(
-    architecture: str = "llama",
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    intermediate_size: int | None = None,
-    max_positions: int = 2048,
-    tie_word_embeddings: bool = True,
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-    attention: str = "auto",
-    device: str = "cpu",
-    seed: int = 0,
-) -> PreTrainedModel:
-    """Builds a small decoder from a config, with fp32 weights that depend on ``seed`` alone.
-
-    Projections start from N(0, 1/fan_in), those that write into the residual stream divided by
-    sqrt(2 num_layers), embeddings from N(0, 1/hidden_size).
-
-    Args:
-        architecture: "llama" or "qwen3".
-        vocab_size: rows of the embedding; at least len(tokenizer).
-        hidden_size: D; a multiple of 2 * num_heads.
-        num_layers: decoder blocks.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; None: num_heads.
-        intermediate_size: width of the MLP; None: 8/3 D, rounded up to a multiple of 32.
-        max_positions: longest sequence.
-        tie_word_embeddings: whether the head is the embedding.
-        eos_token_id: end token, written into config and generation config.
-        pad_token_id: the same for the padding token.
-        attention: "auto" or a transformers implementation, see ``choose_attention``.
-        device: where the model will run; decides what "auto" means.
-        seed: seed of the initial weights; torch's global random state is left alone.
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer that has an end token.
 
     Raises:
-        ModelError: unknown architecture, or sizes that do not fit each other.
+        ModelError: there is no tokenizer, or it has no eos id.
     """
-    if architecture not in ARCHITECTURES:
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"model.architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}."
-        )
-    if hidden_size % (2 * num_heads) or num_heads % (num_kv_heads or num_heads):
+            f"model.path: expected a tokenizer in {path}, got: {_first_line(error)} "
+            "Copy tokenizer.json and tokenizer_config.json into the folder."
+        ) from error
+    if tokenizer.eos_token_id is None:
         raise ModelError(
-            "model.hidden_size: expected a multiple of 2 * num_heads, and num_heads a multiple of"
-            f" num_kv_heads, got hidden_size {hidden_size}, num_heads {num_heads}, num_kv_heads"
-            f" {num_kv_heads}. Set for example hidden_size = {64 * num_heads}."
+            f"model.path: expected a tokenizer with an eos id, got none in {path}. Completions "
+            'would never end; add "eos_token": "<token>" to its tokenizer_config.json.'
         )
-    config = AutoConfig.for_model(
-        architecture,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size or -(-8 * hidden_size // 96) * 32,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads or num_heads,
-        head_dim=hidden_size // num_heads,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=tie_word_embeddings,
-        bos_token_id=None,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch.float32,
-            attn_implementation=choose_attention(attention, device)[0],
-        )
-        _initialise(model, num_layers)
-    return model
-
-
-@torch.no_grad()
-def _initialise(model: nn.Module, num_layers: int) -> None:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            module.weight.normal_(0.0, module.embedding_dim**-0.5)
-        elif isinstance(module, nn.Linear) and module is not head:
-            std = module.in_features**-0.5
-            if name.endswith(("o_proj", "down_proj")):
-                std /= (2 * num_layers) ** 0.5
-            module.weight.normal_(0.0, std)
-    if not model.config.tie_word_embeddings:  # type: ignore[union-attr]
-        head.weight.normal_(0.0, head.in_features**-0.5)
-
-
-def choose_attention(requested: str = "auto", device: str = "cpu") -> tuple[str, str]:
-    """Returns the attention implementation and the reason for it.
-
-    ``auto`` is the newest installed flash attention on CUDA, ``sdpa_packed`` everywhere else.
-    """
-    if requested != "auto":
-        return requested, "asked for by model.attention"
-    if not device.startswith("cuda"):
-        return SDPA_PACKED, f"sdpa, as flash attention does not run on {device}"
-    for version, package in ((3, "flash_attn_3"), (2, "flash_attn")):
-        if find_spec(package) is not None:
-            return f"flash_attention_{version}", f"the package {package} is installed"
-    return SDPA_PACKED, 'sdpa, as no flash attention is installed (pip install "crpo-fast[flash]")'
+    return tokenizer
 
 
 def load_model(
@@ -218,100 +107,63 @@ def load_model(
     attention: str = "auto",
     device: str = "cpu",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Loads a causal LM and its tokenizer from a transformers folder, or from the hub by "owner/name".
+    """Loads a causal LM and its tokenizer from a transformers folder, or the hub by "owner/name".
 
     Args:
         path: the folder or hub name.
         dtype: dtype of the weights; fp32 for training.
-        attention: "auto" or a transformers implementation, see ``choose_attention``.
-        device: where the model will run; decides what "auto" means.
+        attention: "auto" or an implementation of transformers, see ``choose_attention``.
+        device: where the model will run; decides what "auto" means. The model is loaded on the CPU.
 
     Raises:
-        ModelError: no such model, not a causal LM, no weights, or a tokenizer without an end token.
+        ModelError: see ``check_model`` and ``load_tokenizer``; also weights that are missing, or a
+            tokenizer with more ids than the model has embeddings.
     """
     check_model(path)
     tokenizer = load_tokenizer(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=choose_attention(attention, device)[0]
-        )
-    except OSError as error:
+        with _no_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=choose_attention(attention, device)[0],
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"model.path: expected a folder with weights (model.safetensors), got {path}: {error}."
-            f" Copy the weights there, or make a model with `{_SMOLLM2_HINT}`."
+            f"model.path: expected loadable weights in {path}, got: {_first_line(error)} "
+            f"Copy model.safetensors into the folder, or make a model with `{_MAKE}`."
         ) from error
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
         raise ModelError(
-            f"model.path: expected a tokenizer of at most {model.get_input_embeddings().weight.shape[0]}"
-            f" ids (rows of the embedding), got {len(tokenizer)} in {path}."
-            " Take the tokenizer that belongs to the model."
+            f"model.path: expected all weights in {path}, got none for {len(names)} parameters "
+            f"({names[0]}, ...). Give the folder of a whole model."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.path: expected a tokenizer with at most {rows} ids (rows of the embedding), "
+            f"got {len(tokenizer)} in {path}. Copy the model's own tokenizer into the folder."
         )
     return model, tokenizer
 
 
-def check_model(path: str | Path) -> None:
-    """Refuses what is not a causal LM's folder (or hub name), without loading weights.
+def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Returns all ids that end a completion, sorted: the generation config's and the tokenizer's.
 
     Raises:
-        ModelError: no such model, or not a causal LM.
+        ModelError: there is none.
     """
-    config = _read_config(path)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"model.path: expected a causal language model, got {path} of type {config.model_type!r}."
-            f" Take a decoder such as the one of `{_SMOLLM2_HINT}`."
-        )
-
-
-def _read_config(path: str | Path) -> Any:
-    folder = Path(path).expanduser()
-    hub_name = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) is not None
-    if not folder.is_dir() and not hub_name:
-        raise ModelError(
-            f"model.path: expected a model folder, got {path} (no such folder)."
-            f" Make one with `{_SMOLLM2_HINT}` and set model.path to it."
-        )
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"model.path: expected a folder with a config.json, got {path} (it has none)."
-            " Set model.path to a folder that save_pretrained wrote, for example <run>/final."
-        )
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(
-            f"model.path: expected a model folder or a hub name, got {path}: {str(error).splitlines()[0]}"
-            f" Set model.path to a folder on this machine, for example one made with `{_SMOLLM2_HINT}`."
-        ) from error
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"model.path: expected a tokenizer in {path}, got: {str(error).splitlines()[0]}"
-            " Copy tokenizer.json and tokenizer_config.json into the folder."
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"model.path: expected a tokenizer with an eos id, got none in {path}. Add"
-            ' "eos_token": "<token>" to its tokenizer_config.json.'
-        )
-    return tokenizer
-
-
-def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Returns every id that ends a completion, sorted: the generation config's and the tokenizer's."""
     found: set[int] = set()
-    generation_config = getattr(model, "generation_config", None)
-    for value in (getattr(generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+    settings = getattr(model, "generation_config", None)
+    for value in (getattr(settings, "eos_token_id", None), tokenizer.eos_token_id):
         if value is not None:
             found.update([value] if isinstance(value, int) else value)
     if not found:
         raise ModelError(
-            "tokenizer: expected an eos id, got none in the tokenizer and the generation config."
-            " Set tokenizer.eos_token."
+            "tokenizer: expected an eos id, got none in tokenizer and generation config. "
+            'Add "eos_token": "<token>" to tokenizer_config.json.'
         )
     return tuple(sorted(found))
 
@@ -321,72 +173,89 @@ def export_model(
     tokenizer: PreTrainedTokenizerFast,
     folder: str | Path,
     *,
-    state_dict: dict[str, torch.Tensor] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Writes a transformers folder (safetensors, config, tokenizer), whole or not at all.
 
     Args:
-        model: the model; with ``state_dict`` its own weights may be sharded.
+        model: the model; its own weights may be sharded when ``state_dict`` is given.
         tokenizer: goes into the same folder.
         folder: where to; an earlier export there is replaced.
         state_dict: full weights by name; None: the model's own.
-        dtype: dtype on disk; None: as they are.
+        dtype: floating dtype on disk; None: as they are.
+
+    Returns:
+        ``folder``.
 
     Raises:
-        ModelError: a tied model whose head and embedding differ.
+        ModelError: the config ties head and embedding, and they differ.
     """
     folder = Path(folder)
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     if model.config.tie_word_embeddings:
         _drop_tied_head(weights)
     if dtype is not None:
-        weights = {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in weights.items()
-        }
+        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
     stored = next(iter(weights.values())).dtype
     temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.save_pretrained(temporary, state_dict=weights)
+    with _no_progress_bars():
+        model.save_pretrained(temporary, state_dict=weights)  # empties the dictionary
     tokenizer.save_pretrained(temporary)
-    _write_dtype(temporary / "config.json", stored)  # save_pretrained empties the dictionary
-    replace_folder(temporary, folder)
+    _write_dtype(temporary / "config.json", stored)
+    for file in temporary.glob("*.safetensors"):  # written for the owner alone
+        file.chmod((temporary / "config.json").stat().st_mode)
+    _replace(temporary, folder)
     return folder
 
 
-def _drop_tied_head(weights: dict[str, torch.Tensor]) -> None:
-    embedding = next(k for k in weights if k.endswith("embed_tokens.weight"))
+def _drop_tied_head(weights: dict[str, Tensor]) -> None:
+    """Removes the head's copy of the embedding; loaded back, a pair would no longer be tied."""
+    name = next(key for key in weights if key.endswith("embed_tokens.weight"))
     head = weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights[embedding]):
+    if head is not None and not torch.equal(head, weights[name]):
         raise ModelError(
-            f"state_dict: expected lm_head.weight equal to {embedding} (the config ties them), got"
-            " different values. Set model.tie_word_embeddings = false."
+            f"state_dict: expected lm_head.weight equal to {name}, as the config ties them, got "
+            "different values. Set tie_word_embeddings = false in the model's config."
         )
 
 
-def _write_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+def _write_dtype(file: Path, dtype: torch.dtype) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Puts ``temporary`` in the place of ``folder`` by renaming."""
+def _replace(temporary: Path, folder: Path) -> None:
+    """Renames ``temporary`` to ``folder``; an older folder is moved away first, deleted last."""
     old = folder.with_name(folder.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: ``smollm2 <folder>``."""
+    """Command line ``smollm2 <folder>``; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 2 or arguments[0] != "smollm2":
         print("usage: python -m crpo_fast.models smollm2 <folder>", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Rollout engines: token ids in, token ids and log-probabilities out. One protocol, several engines.
+"""Rollout engines: token ids in, token ids and logprobs out. One protocol, several engines.
 
-An engine never sees text: prompts come as ids, completions leave as ids, so nothing is tokenised twice.
+An engine never sees text: nothing is tokenised twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Engine", "RolloutError", "check_request"]
 
 
 class RolloutError(RuntimeError):
-    """An engine did not deliver what it was asked for; the message names the request and the engine's text."""
+    """An engine did not deliver; the message names the request and the engine's own text."""
 
 
 @runtime_checkable
@@ -23,80 +23,81 @@ class Engine(Protocol):
     """What the trainer and the evaluation ask of an engine.
 
     Attributes:
-        renormalises: whether ``top_p``/``top_k`` change the reported log-probabilities (they are then
-            of the kept tokens only, larger than softmax(logits / temperature) by -log of the kept mass).
+        renormalises: whether logprobs are of the tokens that top_p and top_k keep. They are then
+            larger than those of softmax(logits / temperature) by -log(kept mass).
     """
 
     renormalises: bool
 
     def generate(
         self,
-        prompt_ids: list[list[int]],  # one list of token ids per prompt
+        prompt_ids: list[list[int]],
         group_size: int,
         params: SamplingParams,
         seed: int,
     ) -> list[RolloutGroup]:
-        """Samples ``group_size`` completions of every prompt; groups come back in input order.
+        """Samples ``group_size`` completions of every prompt; groups come in the prompts' order.
 
-        The same arguments and weights give the same samples; another seed gives others. torch's global
-        random state is the same afterwards as before.
+        The same weights and arguments give the same samples, another seed gives others. torch's
+        global random state is afterwards what it was before.
+
+        Args:
+            prompt_ids: token ids of each prompt, at least one.
+            group_size: samples of one prompt.
+            params: temperature 0 decodes greedily and needs ``group_size`` 1.
+            seed: in [0, 2^63).
 
         Raises:
             ValueError: an argument is out of range.
-            RolloutError: the engine failed, or has not been synced with a policy yet.
+            RolloutError: the engine failed, is closed, or was never synced.
         """
         ...
 
     def sync(self, policy: nn.Module, version: int) -> None:
-        """Makes the engine serve the weights of ``policy`` from now on, under this version number."""
+        """Makes the engine serve the weights of ``policy`` under this version number."""
         ...
 
     def close(self) -> None:
-        """Frees what the engine holds. A closed engine refuses to generate."""
+        """Frees what the engine holds; it refuses to generate afterwards."""
         ...
 
 
 def check_request(
     prompt_ids: list[list[int]], group_size: int, params: SamplingParams, seed: int
 ) -> None:
-    """Refuses a request that no engine can serve, before any work is done.
+    """Refuses what no engine can serve, before any work is done.
 
     Raises:
-        ValueError: names the argument, what it got and what to type.
+        ValueError: names the argument, its value and what to type.
     """
     if group_size < 1:
         raise ValueError(
-            f"group_size: expected at least 1, got {group_size}. Set rollout.group_size."
+            f"group_size: expected at least 1, got {group_size}. Type --rollout.group_size 8."
         )
-    if params.temperature < 0.0:
+    if params.temperature < 0.0 or (params.temperature == 0.0 and group_size > 1):
         raise ValueError(
-            f"temperature: expected a number above 0, got {params.temperature}. Set rollout.temperature = 1.0."
-        )
-    if params.temperature == 0.0 and group_size > 1:
-        raise ValueError(
-            f"temperature: expected a number above 0 in rollouts, got 0 with group_size {group_size} (all samples"
-            " of a group would be equal and every advantage 0). Set rollout.temperature = 1.0; greedy decoding"
-            " is for evaluation, with group_size 1."
+            f"temperature: expected a number above 0 in rollouts, got {params.temperature} with "
+            f"group_size {group_size}. Greedy samples of one prompt are equal and teach nothing; "
+            "type --rollout.temperature 1.0 (0 is for evaluation, with group_size 1)."
         )
     if params.max_tokens < 1:
         raise ValueError(
-            f"max_tokens: expected at least 1, got {params.max_tokens}. Set rollout.max_tokens, for example to 256."
+            f"max_tokens: expected at least 1, got {params.max_tokens}. "
+            "Type --rollout.max_tokens 256."
         )
     if not 0.0 < params.top_p <= 1.0:
         raise ValueError(
-            f"top_p: expected a number in (0, 1], got {params.top_p}. Set rollout.top_p = 1.0."
+            f"top_p: expected a number in (0, 1], got {params.top_p}. Type --rollout.top_p 1."
         )
     if params.top_k < 0:
         raise ValueError(
-            f"top_k: expected 0 (off) or more, got {params.top_k}. Set rollout.top_k = 0."
+            f"top_k: expected 0 (off) or more, got {params.top_k}. Type --rollout.top_k 0."
         )
     if not 0 <= seed < 2**63:
-        raise ValueError(
-            f"seed: expected an integer in [0, 2**63), got {seed}. Set seed = 0 in the config."
-        )
+        raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}. Type --seed 0.")
     for index, ids in enumerate(prompt_ids):
         if not ids:
             raise ValueError(
-                f"prompt_ids: expected at least one token, got none in prompt {index}."
-                " Give the prompt some text or a beginning-of-text token."
+                f"prompt_ids[{index}]: expected at least one token, got none. "
+                "Give the prompt some text."
             )

@@ -1,4 +1,4 @@
-"""What the two embedded engines share: the policy's own weights, modes restored, results checked."""
+"""What both embedded engines share: the policy's weights, modes restored, results checked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EmbeddedEngine(ABC):
             different numbers of forwards, so no collective may happen inside.
     """
 
-    renormalises = False
+    renormalises: bool
 
     def __init__(
         self,

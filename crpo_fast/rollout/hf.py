@@ -1,6 +1,6 @@
 """The engine ``hf``: transformers' continuous batching over a paged KV cache, on CPU or GPU.
 
-prompts x group -> generate_batch (prefill once, fork, decode) -> ids and logprobs, counted and checked
+prompts -> generate_batch (prefill once, fork, decode) -> ids and logprobs, counted and checked
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from crpo_fast.attention import SDPA_PACKED
 from crpo_fast.batch import SamplingParams
 from crpo_fast.rollout import RolloutError
 from crpo_fast.rollout.embedded import Completion, EmbeddedEngine
@@ -27,11 +28,11 @@ class HFEngine(EmbeddedEngine):
 
     Args:
         max_batch_tokens: tokens of one forward: prefill chunks plus one per running sequence. With
-            sdpa the attention mask has max_batch_tokens x (tokens in the cache) entries. None: sized
-            from GPU memory.
+            sdpa the attention mask has max_batch_tokens x (tokens in the cache) entries.
+            None: sized from GPU memory.
         page_size: tokens of one page of the KV cache.
-        max_cache_tokens: bound of the KV cache in tokens, over all running sequences; requests beyond
-            it wait. None: what the request needs (CPU), or sized from GPU memory (GPU).
+        max_cache_tokens: bound of the KV cache over all running sequences, in tokens; requests
+            beyond it wait. None: what the request needs (CPU), or sized from GPU memory (GPU).
     """
 
     renormalises = True
@@ -68,9 +69,9 @@ class HFEngine(EmbeddedEngine):
 
     @contextmanager
     def _own_attention(self) -> Iterator[None]:
-        """Continuous batching accepts sdpa by that name only, not our form of it for packed rows."""
+        """Continuous batching knows sdpa, but not our form of it for packed rows."""
         model, name = self._model, self._model.config._attn_implementation
-        if name != "sdpa_packed":
+        if name != SDPA_PACKED:
             yield
             return
         model.set_attn_implementation("sdpa")
@@ -128,7 +129,8 @@ class HFEngine(EmbeddedEngine):
 def _completion(name: str, output: Any) -> Completion:
     if output.error is not None or not output.is_finished():
         raise RolloutError(
-            f"request {name}: expected a finished one, got status {output.status.name}: {output.error}"
+            f"request {name}: expected it to finish, got status {output.status.name}: "
+            f"{output.error}"
         )
     return Completion(f"request {name}", list(output.generated_tokens), list(output.logprobs))
 
@@ -148,7 +150,7 @@ def _generation_config(params: SamplingParams, forks: int) -> GenerationConfig:
 
 
 def _take_any_dtype(cache: Any) -> None:
-    """Casts what a paged cache is given: it is allocated in the parameters' dtype, not autocast's."""
+    """Casts what a paged cache is given: it has the parameters' dtype, not autocast's."""
     if cache is None or "update" in vars(cache):
         return
     update = cache.update
