@@ -9,12 +9,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HAS_TRITON = "platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"
-GGUF = "gguf>=0.17"  # reads the weights of the small pretrained model (crpo_fast.models)
+# crpo_fast.models reads the weights of a small pretrained model; transformers asks for accelerate.
+GGUF = ["accelerate>=1.6", "gguf>=0.17"]
 
 EXTRAS = {
-    "demo": [GGUF],
+    "demo": GGUF,
     "test": [
-        GGUF,
+        *GGUF,
         "coverage>=7.6",
         "hypothesis>=6.130",
         "pyrefly>=1.4",
