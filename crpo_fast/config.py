@@ -2,17 +2,15 @@
 
     torchrun crpo_fast/train.py [config.toml] [--section.key value ...]
 
-Unknown keys and wrong types are refused with the file, the key and the nearest valid name; checks that
-span sections run before any model is loaded. The resolved config is saved in the run folder.
+Unknown keys and wrong types are refused with the file, the key and the nearest valid name; checks
+that span sections run before any model is loaded. The resolved config is saved in the run folder.
+
+config.py holds the options, config_file.py reads TOML, config_checks.py refuses what cannot run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import tomllib
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +18,12 @@ from typing import Any
 
 import tyro
 
+from crpo_fast.config_checks import check
+from crpo_fast.config_file import ConfigError as ConfigError
+from crpo_fast.config_file import read
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = REPOSITORY / "configs" / "quickstart.toml"
-ALGORITHMS = ("sft", "crpo", "grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo")
-AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be run; the message says what to type."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +50,10 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """``path``: a transformers folder, or "smollm2" for the small model that pip can fetch, or empty to build one.
+    """``path``: a transformers folder, or "smollm2" (a small model from pip), or "" to build one.
 
-    ``compute_dtype`` is the dtype of activations; master weights are always fp32 (fp64 for "float64").
+    ``compute_dtype`` is the dtype of activations; master weights are always fp32 (fp64 for
+    "float64").
     """
 
     path: str = ""
@@ -74,35 +71,43 @@ class SyntheticConfig:
     train: int = 200
     val: int = 10
     test: int = 40
-    cold_start: int = 250
+    cold_start: int = 1000
     bias: float = 0.62
+    conflict: float = 0.5
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """``format``: synthetic | official (a ``root`` with one folder per data set) | table (JSONL or CSV files).
+    """``format``: table (JSONL or CSV) | official (``root`` has a folder per data set) | synthetic.
 
-    For tables: ``path`` (train), ``test_path``, and the columns ``prompt``, ``answer``, ``completion``.
+    "auto" is table when ``path`` is set, official when ``root`` is set, else synthetic. For tables:
+    ``path`` (train), ``test_path``, and the columns ``prompt``, ``answer``, ``completion``.
     """
 
-    format: str = "synthetic"
+    format: str = "auto"
     root: str = ""
-    datasets: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()  # empty: all of the root
     path: str = ""
     test_path: str = ""
     cold_start_path: str = ""
     prompt: str = "prompt"
     answer: str = "answer"
     completion: str = ""
-    labels: tuple[str, ...] = ()
     system: str = ""  # replaces the grammar's system prompt; "none" leaves it out
     max_prompt_tokens: int = 512
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
+    @property
+    def kind(self) -> str:
+        """``format`` with "auto" resolved."""
+        if self.format != "auto":
+            return self.format
+        return "table" if self.path else "official" if self.root else "synthetic"
+
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One ``[[stages]]`` table; ``coef`` only with ``entropy.schedule = "explicit"`` or to override it."""
+    """One ``[[stages]]`` table; ``coef`` replaces what ``entropy.schedule`` gives the stage."""
 
     name: str
     tag: str = ""
@@ -112,7 +117,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class GrammarConfig:
-    """``preset``: mental_r1 | cognition_chain | ... | none; ``[[stages]]`` tables replace its stages.
+    """``preset``: mental_r1 | cognition_chain | ... | none; ``[[stages]]`` replace its stages.
 
     ``answer_tag`` "" (with preset none): the whole completion is the answer.
     """
@@ -158,7 +163,7 @@ class AdvantagesConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Overrides of the algorithm's preset; None keeps the preset's value (kernels: ObjectiveSpec)."""
+    """Overrides of the algorithm's preset (ObjectiveSpec of the kernels); None keeps its value."""
 
     clip_low: float | None = None
     clip_high: float | None = None
@@ -181,12 +186,12 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 128
-    max_mismatch: float = 0.1  # nats; mean |train - rollout logprob| of the first batch after a start
+    max_mismatch: float = 0.1  # nats; mean |train - rollout logprob| of the first batch of a start
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """``max_steps`` caps each phase (0: no cap); ``token_budget`` bounds the tokens of one micro-batch."""
+    """``max_steps`` caps each phase (0: no cap); ``token_budget``: most tokens of a micro-batch."""
 
     max_steps: int = 0
     token_budget: int = 4096
@@ -263,19 +268,9 @@ class Config:
     phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
 def load_config(path: str | Path) -> Config:
     """Read a TOML file; ConfigError names the file, the key and the nearest valid name."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config: expected a TOML file, got {str(path)!r}, which does not exist.")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}.") from error
-    return _build(Config, data, where=str(path), prefix="")
+    return read(Config, Path(path))
 
 
 def parse_arguments(arguments: Sequence[str]) -> Config:
@@ -295,50 +290,6 @@ def parse_arguments(arguments: Sequence[str]) -> Config:
     return config
 
 
-def _build(cls: Any, data: dict[str, Any], *, where: str, prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5) or sorted(hints)
-            hint = f"Did you mean {prefix}{near[0]}?" if len(near) == 1 else f"Valid: {', '.join(near)}."
-            raise ConfigError(f"{where}: unknown key {prefix}{key}. {hint}")
-    values = {
-        key: _convert(hints[key], value, where=where, name=f"{prefix}{key}")
-        for key, value in data.items()
-    }
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{where}: {prefix}{missing[0]} is missing. Add {missing[0]} = ... to the table.")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, *, where: str, name: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _convert(args[0], value, where=where, name=name)
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, dict):
-            return _build(hint, value, where=where, prefix=f"{name}.")
-    elif origin is tuple:
-        if isinstance(value, list) and (args[-1] is Ellipsis or len(value) == len(args)):
-            return tuple(
-                _convert(args[0], item, where=where, name=f"{name}[{i}]") for i, item in enumerate(value)
-            )
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif type(value) is hint:
-        return value
-    kind = {tuple: "a list"}.get(origin) or ("a table" if dataclasses.is_dataclass(hint) else hint.__name__)
-    raise ConfigError(f"{where}: {name}: expected {kind}, got {value!r} ({type(value).__name__}).")
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain dict; None values are left out, as TOML has no null."""
 
@@ -348,101 +299,3 @@ def to_dict(config: Config) -> dict[str, Any]:
         return [strip(v) for v in value] if isinstance(value, list | tuple) else value
 
     return strip(dataclasses.asdict(config))
-
-
-# ---------------------------------------------------------------------------------------------- checks
-
-
-def check(config: Config) -> None:
-    """Cross-field checks; needs neither model nor data."""
-    _choice("model.compute_dtype", config.model.compute_dtype, ("bfloat16", "float32", "float64"))
-    _choice("data.format", config.data.format, ("synthetic", "official", "table"))
-    _choice("train.layout", config.train.layout, ("packed", "padded"))
-    _choice("optim.schedule", config.optim.schedule, ("linear", "cosine", "constant"))
-    _choice("eval.split", config.eval.split, ("val", "test"))
-    _choice("rewards.balance", config.rewards.balance, ("reward", "advantage", "none"))
-    _choice("rewards.match", config.rewards.match, ("prefix", "exact"))
-    _choice("advantages.scale", config.advantages.scale, ("group_std", "batch_std", "none"))
-    _choice("entropy.schedule", config.entropy.schedule, ("tanh", "linear", "cosine", "step", "explicit"))
-    _choice("entropy.reduction", config.entropy.reduction, ("sequence_mean", "token_mean", "present_only"))
-    _choice("rollout.engine", config.rollout.engine, ("hf", "static"))
-    if config.objective.aggregation is not None:
-        _choice("objective.aggregation", config.objective.aggregation, AGGREGATIONS)
-    _check_data(config)
-    _check_rollout(config)
-    _check_phases(config)
-    weights, functions = config.rewards.weights, config.rewards.functions
-    if weights and len(weights) != len(functions):
-        raise ConfigError(
-            f"rewards.weights: expected {len(functions)} numbers, one per function, got {len(weights)}."
-        )
-
-
-def _choice(name: str, value: str, valid: Sequence[str]) -> None:
-    if value not in valid:
-        near = difflib.get_close_matches(value, valid, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name}: expected one of {', '.join(valid)}, got {value!r}.{hint}")
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ConfigError(f"{name.replace('__', '.')}: expected a positive number, got {value}.")
-
-
-def _check_data(config: Config) -> None:
-    data = config.data
-    if data.format == "official" and not data.root:
-        raise ConfigError("data.root: expected a folder, got ''. Type --data.root <folder>.")
-    if data.format == "table" and not data.path:
-        raise ConfigError("data.path: expected a JSONL or CSV file, got ''. Type --data.path <file>.")
-    if data.format == "table" and any(p.algorithm == "sft" for p in config.phases) and not data.completion:
-        raise ConfigError(
-            "data.completion: an sft phase needs the column of written completions, got ''. "
-            "Type --data.completion <column>, or remove the sft phase."
-        )
-    _positive(data__max_prompt_tokens=data.max_prompt_tokens)
-
-
-def _check_rollout(config: Config) -> None:
-    rollout, train = config.rollout, config.train
-    if rollout.group_size < 2:
-        raise ConfigError(
-            f"rollout.group_size: expected at least 2, got {rollout.group_size}. Advantages compare the "
-            "samples of one prompt; type --rollout.group_size 4."
-        )
-    if rollout.temperature <= 0:
-        raise ConfigError(
-            f"rollout.temperature: expected a number above 0, got {rollout.temperature}. Greedy samples of "
-            "one prompt are all equal and teach nothing; type --rollout.temperature 0.85."
-        )
-    if not 0 < rollout.top_p <= 1:
-        raise ConfigError(f"rollout.top_p: expected a number in (0, 1], got {rollout.top_p}.")
-    if config.objective.rho_mode and (rollout.top_p < 1 or rollout.top_k > 0):
-        raise ConfigError(
-            "objective.rho_mode: the correction needs untruncated sampling, got "
-            f"top_p {rollout.top_p}, top_k {rollout.top_k}. Type --rollout.top_p 1 --rollout.top_k 0."
-        )
-    _positive(
-        rollout__prompts_per_step=rollout.prompts_per_step,
-        rollout__max_tokens=rollout.max_tokens,
-        train__token_budget=train.token_budget,
-        optim__max_grad_norm=config.optim.max_grad_norm,
-    )
-    longest = config.data.max_prompt_tokens + rollout.max_tokens
-    if train.token_budget < longest:
-        raise ConfigError(
-            f"train.token_budget: expected at least one sequence, {longest} tokens (data.max_prompt_tokens "
-            f"+ rollout.max_tokens), got {train.token_budget}. Type --train.token_budget {longest}."
-        )
-
-
-def _check_phases(config: Config) -> None:
-    if not config.phases:
-        raise ConfigError("phases: expected at least one [[phases]] table, got none.")
-    for i, phase in enumerate(config.phases):
-        _choice(f"phases[{i}].algorithm", phase.algorithm, ALGORITHMS)
-        _positive(**{f"phases[{i}]__steps": phase.steps})
-    if config.train.max_steps < 0:
-        raise ConfigError(f"train.max_steps: expected 0 (no cap) or more, got {config.train.max_steps}.")

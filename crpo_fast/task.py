@@ -1,4 +1,4 @@
-"""What is trained on: rows, prompts, stage grammar, tokenizer and rewards, bound together once per run."""
+"""What is trained on: rows, prompts, stage grammar, tokenizer, rewards; bound once per run."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Rows:
 
 
 def load_rows(config: Config, run_dir: Path, *, write: bool) -> Rows:
-    """Rows as the config says; the synthetic corpus is written below the run folder first (by rank 0)."""
+    """Rows as the config says; ``write`` makes the synthetic corpus in the run folder first."""
     settings = config.data
     needs_cold_start = any(p.algorithm == "sft" for p in config.phases)
-    if settings.format == "table":
+    if settings.kind == "table":
         columns = {"prompt": settings.prompt, "answer": settings.answer}
         completion = settings.completion or None
         train = data.load_table(settings.path, **columns, completion=completion)
@@ -46,7 +46,7 @@ def load_rows(config: Config, run_dir: Path, *, write: bool) -> Rows:
         cold = data.load_table(source, **columns, completion=completion) if source else train
         return Rows(train, test, cold if needs_cold_start else [])
     root: str | Path = settings.root
-    if settings.format == "synthetic":
+    if settings.kind == "synthetic":
         root = run_dir / "data"
         if write and not root.exists():
             sizes = settings.synthetic
@@ -58,6 +58,7 @@ def load_rows(config: Config, run_dir: Path, *, write: bool) -> Rows:
                 test=sizes.test,
                 cold_start=sizes.cold_start,
                 bias=sizes.bias,
+                conflict=sizes.conflict,
             )
     names = settings.datasets or None
     return Rows(
@@ -68,7 +69,7 @@ def load_rows(config: Config, run_dir: Path, *, write: bool) -> Rows:
 
 
 def build_grammar(config: Config) -> StageGrammar:
-    """The preset's grammar with the ``[[stages]]`` tables and the entropy schedule of the config."""
+    """The preset's grammar with the config's ``[[stages]]`` tables and entropy schedule."""
     options = {
         "schedule": config.entropy.schedule,
         "magnitude": config.entropy.magnitude,
@@ -117,8 +118,9 @@ class Task:
         text = row.completion if row.stages is None else self.grammar.render(row.stages, row.label)
         if text is None:
             raise ConfigError(
-                f"data: the sft phase needs a written completion, row {row.text[:40]!r} of {row.dataset_id} "
-                "has none. Set data.completion, or add cold_start.jsonl to the data set's folder."
+                f"data: the sft phase needs a written completion, row {row.text[:40]!r} of "
+                f"{row.dataset_id} has none. Set data.completion, or add cold_start.jsonl to the "
+                "data set's folder."
             )
         ids = encode_completion(text, self.tokenizer)
         return Sequence(self.prompt(row)[0], ids, self.grammar.stage_ids(ids, self.tokenizer))
@@ -191,8 +193,8 @@ def order(num_rows: int, seed: int, first: int, count: int) -> list[int]:
 def stratified(rows: list[Row], per_dataset: int) -> list[Row]:
     """A fixed sample of at most ``per_dataset`` rows of each data set with its label proportions.
 
-    Every label keeps its share (largest remainders), at least one row where it has any and room allows;
-    the choice depends on the rows alone, never on the seed of a run.
+    Every label keeps its share (largest remainders), at least one row where it has any and room
+    allows; the choice depends on the rows alone, never on the seed of a run.
     """
     chosen: list[Row] = []
     for name in dict.fromkeys(r.dataset_id for r in rows):

@@ -33,13 +33,24 @@ def test_paper_config_has_the_papers_numbers() -> None:
     config = load_config(CONFIGS / "mental_r1_qwen3_8b.toml")
     assert (config.entropy.magnitude, config.entropy.tau) == (0.06, 3.5)
     assert (config.rollout.prompts_per_step, config.rollout.group_size) == (128, 4)
-    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens) == (0.85, 0.95, 512)
-    assert (config.objective.kl_coef, config.optim.lr, config.objective.aggregation) == (0.01, 5e-6, "bnpo")
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens) == (
+        0.85,
+        0.95,
+        512,
+    )
+    assert (config.objective.kl_coef, config.optim.lr, config.objective.aggregation) == (
+        0.01,
+        5e-6,
+        "bnpo",
+    )
     assert [p.algorithm for p in config.phases] == ["crpo"]
 
 
 def test_unknown_key_offers_the_nearest_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"c\.toml: unknown key rollout\.grup_size\. Did you mean rollout\.group_size\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"c\.toml: unknown key rollout\.grup_size\. Did you mean rollout\.group_size\?",
+    ):
         read(tmp_path, "[rollout]\ngrup_size = 4\n")
 
 
@@ -51,7 +62,10 @@ def test_unknown_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[rollout]\ngroup_size = 'four'\n", r"rollout\.group_size: expected int, got 'four' \(str\)"),
+        (
+            "[rollout]\ngroup_size = 'four'\n",
+            r"rollout\.group_size: expected int, got 'four' \(str\)",
+        ),
         ("[optim]\nlr = true\n", r"optim\.lr: expected float, got True"),
         ("seed = 1.5\n", r"seed: expected int, got 1\.5"),
         ("rollout = 3\n", r"rollout: expected a table, got 3"),
@@ -74,14 +88,32 @@ def test_missing_file() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rollout.group_size", "1"], r"rollout\.group_size: expected at least 2, got 1\..*type --rollout\.group_size"),
-        (["--rollout.temperature", "0"], r"rollout\.temperature: expected a number above 0, got 0\.0\..*type --rollout\.temperature"),
-        (["--train.token_budget", "50"], r"train\.token_budget: expected at least one sequence.*Type --train\.token_budget"),
-        (["--data.format", "official"], r"data\.root: expected a folder, got ''\. Type --data\.root"),
+        (
+            ["--rollout.group_size", "1"],
+            r"rollout\.group_size: expected at least 2, got 1\..*type --rollout\.group_size",
+        ),
+        (
+            ["--rollout.temperature", "0"],
+            r"rollout\.temperature: expected a number above 0, got 0\.0\..*type --rollout\.temp",
+        ),
+        (
+            ["--train.token_budget", "50"],
+            r"train\.token_budget: expected at least one sequence.*Type --train\.token_budget",
+        ),
+        (
+            ["--data.format", "official"],
+            r"data\.root: expected a folder, got ''\. Type --data\.root",
+        ),
         (["--data.format", "table"], r"data\.path: expected a JSONL or CSV file"),
         (["--phases.0.algorithm", "crpoo"], r"phases\[0\]\.algorithm.*Did you mean 'crpo'"),
-        (["--entropy.schedule", "tan"], r"entropy\.schedule: expected one of tanh.*Did you mean 'tanh'"),
-        (["--rollout.top_p", "0.9", "--objective.rho_mode", "truncate"], r"untruncated sampling.*--rollout\.top_p 1"),
+        (
+            ["--entropy.schedule", "tan"],
+            r"entropy\.schedule: expected one of tanh.*Did you mean 'tanh'",
+        ),
+        (
+            ["--rollout.top_p", "0.9", "--objective.rho_mode", "truncate"],
+            r"untruncated sampling.*--rollout\.top_p 1",
+        ),
         (["--train.max_steps", "-1"], r"train\.max_steps: expected 0"),
         (["--rewards.weights", "1"], r"rewards\.weights: expected 2 numbers"),
     ],
@@ -94,9 +126,15 @@ def test_cross_field_checks(arguments: list[str], message: str) -> None:
 def test_command_line_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("seed = 3\n[optim]\nlr = 1e-3\n[[phases]]\nalgorithm = 'grpo'\nsteps = 7\n")
-    config = parse_arguments([str(file), "--optim.lr", "5e-4", "--run.dir", "x", "--train.max_steps", "2"])
+    config = parse_arguments(
+        [str(file), "--optim.lr", "5e-4", "--run.dir", "x", "--train.max_steps", "2"]
+    )
     assert (config.seed, config.optim.lr, config.run.dir) == (3, 5e-4, "x")
-    assert (config.phases[0].algorithm, config.phases[0].steps, config.train.max_steps) == ("grpo", 7, 2)
+    assert (config.phases[0].algorithm, config.phases[0].steps, config.train.max_steps) == (
+        "grpo",
+        7,
+        2,
+    )
 
 
 def test_unknown_flag_exits_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
