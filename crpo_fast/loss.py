@@ -1,15 +1,16 @@
 """From records to the two weight vectors, and from a micro-batch to the fused loss.
 
-Everything global is inside ``token_weights`` and ``entropy_weights`` before any packing: the denominators
-are summed over ranks once per optimizer step, and both vectors carry the data-parallel size, because FSDP
-averages gradients over ranks. No layout, no number of micro-batches can change them.
+Everything global is inside ``token_weights`` and ``entropy_weights`` before any packing: the
+denominators are summed over ranks once per optimizer step, and both vectors carry the data-parallel
+size, because FSDP averages gradients over ranks. No layout, no number of micro-batches can change
+them.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from crpo_kernels import (
     stage_entropy_weights,
 )
 
-# the presets' usual aggregation; crpo: the paper trains with TRL's "bnpo" over groups of its device batch
+# the presets' usual aggregation; the paper trains crpo with TRL's "bnpo": groups of its device batch
 AGGREGATION = {
     "sft": "token_mean",
     "crpo": "bnpo",
@@ -93,6 +94,17 @@ def loss_spec(config: Config, phase: PhaseConfig, stage_coefs: list[float]) -> L
     )
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """The denominators of one optimizer step: counts over the sequences of all ranks."""
+
+    tokens: int
+    sequences: int
+    present: Tensor  # [S] fp64, sequences with each stage
+    stage_tokens: Tensor  # [S] fp64
+    group_tokens: Tensor | None  # [groups] fp64, of bnpo
+
+
 def flat_vectors(
     sequences: list[Sequence],
     spec: LossSpec,
@@ -108,76 +120,96 @@ def flat_vectors(
         sequences: this rank's sequences; with ``bnpo`` every rank must hold equally many.
         spec: the phase's loss.
         all_sum: sums a tensor over ranks (called once).
-        rank, world_size: position among the data-parallel ranks; the weights carry ``world_size``.
+        rank: position among the data-parallel ranks.
+        world_size: number of data-parallel ranks; the weights carry it.
         dtype: of the result; the weights are computed in fp64.
 
     Returns:
-        token_weights, entropy_weights, advantages, rollout_logprobs (None where not used), stage_ids.
+        token_weights, entropy_weights, advantages, rollout_logprobs (None where not used),
+        stage_ids.
     """
-    lengths = [len(s.completion_ids) for s in sequences]
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    stage_ids = torch.tensor([k for s in sequences for k in s.stage_ids], dtype=torch.long)
-    num_groups, group_ids = 0, None
+    lengths = torch.tensor([len(s.completion_ids) for s in sequences], dtype=torch.long)  # [B]
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths.tolist())], dtype=torch.int32)
+    stage_ids = torch.tensor([k for s in sequences for k in s.stage_ids], dtype=torch.long)  # [N]
+    group_ids, num_groups = None, 0
     if spec.aggregation == "bnpo":
-        first = rank * len(sequences)
+        group_ids = (rank * len(sequences) + torch.arange(len(sequences))) // spec.group  # [B]
         num_groups = -(-world_size * len(sequences) // spec.group)
-        group_ids = (first + torch.arange(len(sequences))) // spec.group
-    counts = all_sum(_counts(lengths, stage_ids, sequences, len(spec.stage_coefs), group_ids, num_groups))
-    tokens, total, present, stage_tokens, group_tokens = counts.split(
-        [1, 1, len(spec.stage_coefs), len(spec.stage_coefs), num_groups]
-    )
+    counts = _counts(sequences, len(spec.stage_coefs), group_ids, num_groups, all_sum)
     token_weights = aggregation_weights(
-        torch.ones(sum(lengths), dtype=torch.float64),
+        torch.ones(int(lengths.sum()), dtype=torch.float64),
         cu_seqlens,
         aggregation=spec.aggregation,
-        num_tokens=int(tokens),
-        num_sequences=int(total),
+        num_tokens=counts.tokens,
+        num_sequences=counts.sequences,
         max_length=spec.max_length,
         group_ids=group_ids,
-        group_tokens=group_tokens if num_groups else None,
+        group_tokens=counts.group_tokens,
     )
-    entropy_weights = None
-    if spec.has_entropy:
-        entropy_weights = stage_entropy_weights(
-            stage_ids,
-            cu_seqlens,
-            torch.tensor(spec.stage_coefs, dtype=torch.float64),
-            reduction=spec.reduction,
-            reference_length=spec.reference_length,
-            num_sequences=int(total),
-            num_present=present,
-            num_stage_tokens=stage_tokens,
-        )
-    per_sequence = torch.tensor([s.advantage for s in sequences], dtype=torch.float64)
-    rollout = [x for s in sequences for x in s.rollout_logprobs or ()]
-    has_rollout = all(s.rollout_logprobs is not None for s in sequences)  # also of a rank with none
+    entropy_weights = _entropy_weights(stage_ids, cu_seqlens, spec, counts)
+    if entropy_weights is not None:
+        entropy_weights = (entropy_weights * world_size).to(dtype)
+    advantages = torch.tensor([s.advantage for s in sequences], dtype=torch.float64)  # [B]
     return {
         "token_weights": (token_weights * world_size).to(dtype),
-        "entropy_weights": None if entropy_weights is None else (entropy_weights * world_size).to(dtype),
-        "advantages": per_sequence.repeat_interleave(torch.tensor(lengths, dtype=torch.long)).to(dtype),
-        "rollout_logprobs": torch.tensor(rollout, dtype=dtype) if has_rollout else None,
+        "entropy_weights": entropy_weights,
+        "advantages": advantages.repeat_interleave(lengths).to(dtype),
+        "rollout_logprobs": _rollout_logprobs(sequences, dtype),
         "stage_ids": stage_ids,
     }
 
 
 def _counts(
-    lengths: list[int],
-    stage_ids: Tensor,
     sequences: list[Sequence],
     num_stages: int,
-    group_ids: Tensor | None,
+    group_ids: Tensor | None,  # [B]
     num_groups: int,
-) -> Tensor:
-    """[2 + 2S + groups] fp64: tokens, sequences, sequences with each stage, tokens of each stage, of each group."""
-    out = torch.zeros(2 + 2 * num_stages + num_groups, dtype=torch.float64)
-    out[0], out[1] = sum(lengths), len(lengths)
-    for k in range(num_stages):
-        out[2 + k] = sum(k in s.stage_ids for s in sequences)
-        out[2 + num_stages + k] = (stage_ids == k).sum()
+    all_sum: Callable[[Tensor], Tensor],
+) -> _Counts:
+    """This rank's counts in one vector, which is summed over ranks once."""
+    stages = range(num_stages)
+    lengths = [len(s.completion_ids) for s in sequences]
+    present = [sum(k in s.stage_ids for s in sequences) for k in stages]
+    stage_tokens = [sum(s.stage_ids.count(k) for s in sequences) for k in stages]
+    group_tokens = torch.zeros(num_groups, dtype=torch.float64)
     if group_ids is not None:
-        groups = out[2 + 2 * num_stages :]
-        groups.index_add_(0, group_ids, torch.tensor(lengths, dtype=torch.float64))
-    return out
+        group_tokens.index_add_(0, group_ids, torch.tensor(lengths, dtype=torch.float64))
+    local = torch.tensor([sum(lengths), len(lengths), *present, *stage_tokens], dtype=torch.float64)
+    total = all_sum(torch.cat([local, group_tokens]))  # [2 + 2S + groups]
+    tokens, number, present, stage_tokens, group_tokens = total.split(
+        [1, 1, num_stages, num_stages, num_groups]
+    )
+    return _Counts(
+        tokens=int(tokens),
+        sequences=int(number),
+        present=present,
+        stage_tokens=stage_tokens,
+        group_tokens=group_tokens if num_groups else None,
+    )
+
+
+def _entropy_weights(
+    stage_ids: Tensor, cu_seqlens: Tensor, spec: LossSpec, counts: _Counts
+) -> Tensor | None:
+    if not spec.has_entropy:
+        return None
+    return stage_entropy_weights(
+        stage_ids,
+        cu_seqlens,
+        torch.tensor(spec.stage_coefs, dtype=torch.float64),
+        reduction=spec.reduction,
+        reference_length=spec.reference_length,
+        num_sequences=counts.sequences,
+        num_present=counts.present,
+        num_stage_tokens=counts.stage_tokens,
+    )
+
+
+def _rollout_logprobs(sequences: list[Sequence], dtype: torch.dtype) -> Tensor | None:
+    if any(s.rollout_logprobs is None for s in sequences):
+        return None
+    values = [x for s in sequences for x in s.rollout_logprobs or ()]
+    return torch.tensor(values, dtype=dtype)  # [N], empty on a rank without a sequence
 
 
 def micro_batch_loss(policy: Any, batch: MicroBatch, spec: LossSpec) -> tuple[Tensor, Any]:
@@ -202,8 +234,3 @@ def micro_batch_loss(policy: Any, batch: MicroBatch, spec: LossSpec) -> tuple[Te
         )
 
     return policy(batch, compute)
-
-
-def without_entropy(spec: LossSpec) -> LossSpec:
-    """The same objective without its stage entropy term."""
-    return replace(spec, stage_coefs=(0.0,) * len(spec.stage_coefs))

@@ -1,4 +1,4 @@
-"""Metrics: always (sum, count) pairs, one all-reduce per step, one JSON object per step in metrics.jsonl."""
+"""Metrics: (sum, count) pairs, one all-reduce per step, one line of metrics.jsonl per step."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ class Sums:
         pair = self._pairs.setdefault(name, [0.0, 0.0])
         pair[0] += float(total)
         pair[1] += float(count)
-
-    def merge(self, other: Sums) -> None:
-        """Add all of ``other``."""
-        for name, (total, count) in other._pairs.items():
-            self.add(name, total, count)
 
     def means(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Global means; every rank must hold the same names. A count of 0 gives 0."""

@@ -1,9 +1,10 @@
 """Sequences -> micro-batches under a token budget. Pure functions of records.
 
-A sequence of P prompt and C completion ids has one *row* per completion token: row P-1+j of the sequence
-predicts completion token j (labels are shifted here, once). The per-token vectors of the loss live on the
-completion tokens of all sequences of this rank, concatenated in rollout order ("flat": [N]); packing copies
-them to the rows of a micro-batch, so that weights never depend on the layout:
+A sequence of P prompt and C completion ids has one *row* per completion token: row P-1+j of the
+sequence predicts completion token j (labels are shifted here, once). The per-token vectors of the
+loss live on the completion tokens of all sequences of this rank, concatenated in rollout order
+("flat": [N]); packing copies them to the rows of a micro-batch, so that weights never depend on the
+layout:
 
     packed   one row of T tokens, position_ids restart at 0, no attention mask
     padded   one sequence a row, right padded to the longest of the micro-batch (T = rows * longest)
@@ -57,7 +58,7 @@ class MicroBatch:
     vectors: dict[str, Tensor] = field(default_factory=dict)
 
     def attach(self, **flat: Tensor | None) -> MicroBatch:
-        """The same micro-batch with the flat vectors [N] gathered to its rows [R]; None stays out."""
+        """The same micro-batch with flat vectors [N] gathered to its rows [R]; None stays out."""
         vectors = {name: v[self.source] for name, v in flat.items() if v is not None}
         return self.with_vectors(**vectors)
 
@@ -74,8 +75,8 @@ class MicroBatch:
 def assign(lengths: list[int], token_budget: int, *, layout: str) -> list[list[int]]:
     """First-fit decreasing: indices of the sequences of each micro-batch, in a deterministic order.
 
-    A micro-batch costs the sum of its lengths (packed) or longest * count (padded); as lengths come in
-    descending order, the first sequence of a padded micro-batch is its longest.
+    A micro-batch costs the sum of its lengths (packed) or longest * count (padded); as lengths come
+    in descending order, the first sequence of a padded micro-batch is its longest.
 
     Raises:
         ValueError: a sequence is longer than ``token_budget``.
@@ -116,7 +117,9 @@ def pack(
         raise ValueError(f"layout: expected packed or padded, got {layout!r}.")
     for i, sequence in enumerate(sequences):
         if not sequence.prompt_ids or not sequence.completion_ids:
-            raise ValueError(f"sequences[{i}]: expected at least one prompt and one completion token.")
+            raise ValueError(
+                f"sequences[{i}]: expected at least one prompt and one completion token."
+            )
     offsets = [0, *itertools.accumulate(len(s.completion_ids) for s in sequences)]
     bins = assign([len(s) for s in sequences], token_budget, layout=layout)
     build = _packed if layout == "packed" else _padded
@@ -137,31 +140,37 @@ def dummy(layout: str = "packed", pad_id: int = 0) -> MicroBatch:
     )
 
 
-def _rows(sequences: list[Sequence], starts: list[int], offsets: list[int]) -> dict[str, Tensor]:
+def _micro_batch(
+    input_ids: Tensor,  # [B, L]
+    position_ids: Tensor,  # [B, L]
+    attention_mask: Tensor | None,  # [B, L]
+    sequences: list[Sequence],
+    starts: list[int],  # of each sequence in the flattened ids
+    offsets: list[int],  # of each completion in the flat vectors
+) -> MicroBatch:
     rows, source, ends = [], [], [0]
     for sequence, start, offset in zip(sequences, starts, offsets, strict=True):
         first, count = start + len(sequence.prompt_ids) - 1, len(sequence.completion_ids)
         rows.append(torch.arange(first, first + count))
         source.append(torch.arange(offset, offset + count))
         ends.append(ends[-1] + count)
-    return {
-        "rows": torch.cat(rows),
-        "labels": torch.tensor([i for s in sequences for i in s.completion_ids], dtype=torch.long),
-        "source": torch.cat(source),
-        "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
-    }
+    return MicroBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        rows=torch.cat(rows),
+        labels=torch.tensor([i for s in sequences for i in s.completion_ids], dtype=torch.long),
+        source=torch.cat(source),
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+    )
 
 
 def _packed(sequences: list[Sequence], offsets: list[int], pad_id: int) -> MicroBatch:
     del pad_id  # nothing is padded
     starts = [0, *itertools.accumulate(len(s) for s in sequences)][:-1]
     ids = [i for s in sequences for i in (*s.prompt_ids, *s.completion_ids)]
-    return MicroBatch(
-        input_ids=torch.tensor(ids)[None],  # [1, T]
-        position_ids=torch.cat([torch.arange(len(s)) for s in sequences])[None],
-        attention_mask=None,
-        **_rows(sequences, starts, offsets),
-    )
+    positions = torch.cat([torch.arange(len(s)) for s in sequences])  # [T]
+    return _micro_batch(torch.tensor(ids)[None], positions[None], None, sequences, starts, offsets)
 
 
 def _padded(sequences: list[Sequence], offsets: list[int], pad_id: int) -> MicroBatch:
@@ -171,9 +180,6 @@ def _padded(sequences: list[Sequence], offsets: list[int], pad_id: int) -> Micro
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.tensor([*sequence.prompt_ids, *sequence.completion_ids])
         mask[row, : len(sequence)] = True
-    return MicroBatch(
-        input_ids=ids,
-        position_ids=torch.arange(longest).expand(len(sequences), -1).contiguous(),
-        attention_mask=mask,
-        **_rows(sequences, [row * longest for row in range(len(sequences))], offsets),
-    )
+    positions = torch.arange(longest).expand(len(sequences), -1).contiguous()
+    starts = [row * longest for row in range(len(sequences))]
+    return _micro_batch(ids, positions, mask, sequences, starts, offsets)

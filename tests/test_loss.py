@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layout_worker import COEFS, make_model, make_sequences
 
 from crpo_fast.config import Config, EntropyConfig, ObjectiveConfig, PhaseConfig
 from crpo_fast.loss import LossSpec, flat_vectors, loss_spec, micro_batch_loss
 from crpo_fast.packing import MicroBatch, Sequence, pack
 from crpo_fast.policy import install_head
 from crpo_kernels import ObjectiveSpec
+from layout_worker import COEFS, make_model, make_sequences
 
 
 def same(x: torch.Tensor) -> torch.Tensor:
@@ -99,9 +99,15 @@ def test_token_weights_by_hand(aggregation: str, expected: list[float]) -> None:
         ("sequence_mean", 8, [-0.1 / 4 * 2 / 8, -0.1 / 4 * 2 / 8, 0, 0.3 / 2 / 8]),
     ],
 )
-def test_entropy_weights_by_hand(reduction: str, reference: int | None, expected: list[float]) -> None:
+def test_entropy_weights_by_hand(
+    reduction: str, reference: int | None, expected: list[float]
+) -> None:
     spec = LossSpec(
-        ObjectiveSpec.preset("crpo"), "token_mean", (-0.1, 0.3), reduction=reduction, reference_length=reference
+        ObjectiveSpec.preset("crpo"),
+        "token_mean",
+        (-0.1, 0.3),
+        reduction=reduction,
+        reference_length=reference,
     )
     flat = flat_vectors(two(), spec, all_sum=same)
     assert flat["entropy_weights"].tolist() == pytest.approx(expected)

@@ -15,7 +15,8 @@ shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, m
 def make(shape: list[tuple[int, int]]) -> list[Sequence]:
     ids = iter(range(1, 10_000))
     return [
-        Sequence([next(ids) for _ in range(p)], [next(ids) for _ in range(c)], [-1] * c) for p, c in shape
+        Sequence([next(ids) for _ in range(p)], [next(ids) for _ in range(c)], [-1] * c)
+        for p, c in shape
     ]
 
 
@@ -30,7 +31,9 @@ def test_every_token_once(shape: list[tuple[int, int]], layout: str, budget: int
         ids, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
         assert torch.equal(flat[batch.source], batch.labels)
         assert torch.equal(ids[batch.rows + 1], batch.labels)  # a row predicts the token after it
-        assert torch.equal(positions[batch.rows + 1], positions[batch.rows] + 1)  # of the same sequence
+        assert torch.equal(
+            positions[batch.rows + 1], positions[batch.rows] + 1
+        )  # of the same sequence
         assert int(batch.cu_seqlens[-1]) == batch.labels.numel()
         seen += batch.source.tolist()
     assert sorted(seen) == list(range(flat.numel()))
@@ -62,7 +65,9 @@ def test_first_fit_decreasing() -> None:
 
 
 def test_too_long_a_sequence_names_the_flag() -> None:
-    with pytest.raises(ValueError, match=r"longest sequence, 9 tokens, got 8\. Type --train\.token_budget 9"):
+    with pytest.raises(
+        ValueError, match=r"longest sequence, 9 tokens, got 8\. Type --train\.token_budget 9"
+    ):
         pack(make([(4, 5)]), 8)
 
 
