@@ -1,9 +1,9 @@
 """The records that travel through one training step. Read this file first.
 
-    Row -> prompt ids -> RolloutGroup(Sample, ...) -> Sequence (one per sample, flat per-token vectors) -> MicroBatch
+    Row -> prompt ids -> RolloutGroup(Sample, ...) -> Sequence (one per sample) -> MicroBatch
 
-Everything here is plain data: no torch.distributed, no transformers, no config object. Token ids go in
-and token ids come out; text is only made for rewards and for people.
+Everything here is plain data: no torch.distributed, no transformers, no config object. Token ids go
+in and token ids come out; text is only made for rewards and for people.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Checkpoints: safetensors and JSON only (nothing that can execute code), written whole or not at all.
+"""Checkpoints: safetensors and JSON only (no code in them), written whole or not at all.
 
     checkpoints/step_<n>/   model.safetensors  optimizer.safetensors  state.json
     checkpoints/latest      the name of the newest one
 
-Weights and optimizer state are gathered to rank 0 and stored unsharded, so that a checkpoint can be resumed
-at any number of ranks. state.json is written last; a folder without it is not a checkpoint.
+Weights and optimizer state are gathered to rank 0 and stored unsharded, so that a checkpoint can be
+resumed at any number of ranks. state.json is written last; a folder without it is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from crpo_fast import distributed
+from crpo_fast.console import notice
 from crpo_fast.distributed import World
 
 _SEPARATOR = "|"  # between a parameter's name and the name of its optimizer tensor
@@ -32,14 +33,16 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: ``phase_steps`` steps of phase ``phase`` are done, ``step`` in all phases.
+    """Where a run stands: ``phase_steps`` steps of phase ``phase`` are done, ``step`` in all.
 
     Attributes:
         phase, phase_steps, step: counters.
-        caps: for every phase begun so far, how many steps it ran (a capped run is a prefix of a longer one).
+        caps: for every phase begun so far, how many steps it ran (a capped run is a prefix of a
+            longer one).
         seconds: wall time of the run so far.
         controllers: their state, by name.
-        is_phase_end: the phase's last step is done; such checkpoints hold the KL reference of the next phase.
+        is_phase_end: the phase's last step is done; such checkpoints hold the KL reference of the
+            next phase.
     """
 
     phase: int = 0
@@ -52,12 +55,16 @@ class Progress:
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, world: World
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    world: World,
 ) -> Path:
     """Write ``folder/step_<n>``; a collective, only rank 0 writes.
 
-    The tensors go to ``step_<n>.tmp``, are flushed to the disk, and the folder is renamed: a run that is
-    killed while saving leaves the previous checkpoint as it was.
+    The tensors go to ``step_<n>.tmp``, are flushed to the disk, and the folder is renamed: a run
+    that is killed while saving leaves the previous checkpoint as it was.
     """
     target = folder / f"step_{progress.step}"
     weights = distributed.model_state(model)
@@ -88,8 +95,10 @@ def load_progress(path: Path) -> Progress:
         CheckpointError: the folder is not a whole checkpoint.
     """
     try:
-        record = json.loads((path / "state.json").read_text(encoding="utf-8"))["progress"]
-        return Progress(**{**record, "caps": tuple(record["caps"])})
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        record: dict[str, Any] = state["progress"]
+        record["caps"] = tuple(record["caps"])
+        return Progress(**record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: not a whole checkpoint ({type(error).__name__}: {error}). "
@@ -117,7 +126,7 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def find(folder: Path) -> list[tuple[Path, Progress]]:
-    """All whole checkpoints below ``folder``, newest first; others are named on stdout and skipped."""
+    """All whole checkpoints below ``folder``, newest first; names others on stdout, skips them."""
     found = []
     for path in folder.glob("step_*"):
         if path.suffix == ".tmp":
@@ -125,12 +134,12 @@ def find(folder: Path) -> list[tuple[Path, Progress]]:
         try:
             found.append((path, load_progress(path)))
         except CheckpointError as error:
-            print(f"skipping {error}", flush=True)
+            notice(f"skipping {error}")
     return sorted(found, key=lambda pair: -pair[1].step)
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints; ends of phases stay, they are KL references."""
+    """Delete all but the newest ``keep`` checkpoints; ends of phases (KL references) stay."""
     for path, progress in find(folder)[max(1, keep) :]:
         if not progress.is_phase_end:
             shutil.rmtree(path)

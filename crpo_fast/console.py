@@ -20,8 +20,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def notice(text: str) -> None:
+    """A line about a file, from where no ``Reporter`` is at hand."""
+    print(text, flush=True)
+
+
 class Reporter:
-    """Prints on rank 0 only; ``line`` stays, ``step`` is replaced on a terminal and thinned in a pipe."""
+    """Prints on rank 0 only; ``line`` stays, ``step`` is replaced (in a pipe: thinned out)."""
 
     def __init__(self, *, enabled: bool = True, every_seconds: float = 5.0) -> None:
         self._console = Console(soft_wrap=True, highlight=False, file=sys.stdout)
@@ -67,7 +72,10 @@ class Reporter:
         widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
         self.line(title)
         for row in (header, *rows):
-            cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            cells = [
+                c.ljust(w) if i == 0 else c.rjust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
             self.line("  ".join(cells).rstrip())
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Processes, collectives and FSDP2. The only file of the trainer that says mesh, FSDP or process group.
+"""Processes, collectives, FSDP2: the trainer's only file that says mesh, FSDP or process group.
 
-The patterns here were measured to be exact (tied and untied heads, gloo and NCCL); the comments say which
-neighbours of them are silently wrong.
+The patterns here were measured to be exact (tied and untied heads, gloo and NCCL); the comments say
+which neighbours of them are silently wrong.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def init(threads: int = 0) -> World:
         threads: CPU threads of this process; 0 divides the cores by the ranks of this machine
             (torchrun alone would leave several ranks with one thread each).
     """
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -64,7 +65,11 @@ def init(threads: int = 0) -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         torch.set_num_threads(threads or max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     if "MASTER_PORT" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -78,7 +83,8 @@ def shutdown(*, together: bool = True) -> None:
     """Leave the process group.
 
     Args:
-        together: wait for the others first; without that some ranks abort at exit while others still talk.
+        together: wait for the others first; without that some ranks abort at exit while others
+            still talk.
             False after an error that the others may not share.
     """
     if dist.is_initialized():
@@ -123,14 +129,16 @@ def main_first(world: World) -> Iterator[None]:
         dist.barrier()
 
 
-# -------------------------------------------------------------------------------------------- sharding
+def shard(
+    model: Any, world: World, *, methods: tuple[str, ...], compute_dtype: torch.dtype
+) -> None:
+    """FSDP2 in place: a unit per block, the head, the root; activations in ``compute_dtype``.
 
+    The masters keep the dtype that ``model`` has (fp32).
 
-def shard(model: nn.Module, world: World, *, methods: tuple[str, ...], compute_dtype: torch.dtype) -> None:
-    """FSDP2 in place: one unit per block, the head, the root; fp32 masters, ``compute_dtype`` activations.
-
-    An untied head is one unit with the final norm and keeps its weights after forward; a tied head stays in
-    the root unit with the embedding. ``methods`` are forwards besides ``forward`` that must unshard the root.
+    An untied head is one unit with the final norm and keeps its weights after forward; a tied head
+    stays in the root unit with the embedding. ``methods`` are forwards besides ``forward`` that
+    must unshard the root.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     params = next(model.parameters())
@@ -142,27 +150,29 @@ def shard(model: nn.Module, world: World, *, methods: tuple[str, ...], compute_d
         _unit(block, True, mesh=mesh, mp_policy=policy)
     if head.weight is not embedding.weight:
         _unit(embedding, True, mesh=mesh, mp_policy=policy)
-        fully_shard([model.base_model.norm, head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(
+            [model.base_model.norm, head], mesh=mesh, mp_policy=policy, reshard_after_forward=False
+        )
         head._crpo_reshard = model.base_model.norm._crpo_reshard = False
     _unit(model, False, mesh=mesh, mp_policy=policy)
     for method in methods:
         register_fsdp_forward_method(model, method)
 
 
-def _unit(module: nn.Module, reshard: bool, **kwargs: Any) -> None:
+def _unit(module: Any, reshard: bool, **kwargs: Any) -> None:
     fully_shard(module, reshard_after_forward=reshard, **kwargs)
     module._crpo_reshard = reshard
 
 
-def _units(model: nn.Module) -> list[FSDPModule]:
+def _units(model: nn.Module) -> list[Any]:  # FSDPModules with the mark of ``_unit``
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:
     """Drop unsharded weights; needed after every no-grad pass.
 
-    A unit that keeps its weights after forward would otherwise serve those from before the next optimizer
-    step, silently.
+    A unit that keeps its weights after forward would otherwise serve those from before the next
+    optimizer step, silently.
     """
     for unit in _units(model):
         unit.reshard()
@@ -170,7 +180,10 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[nn.Module]:
-    """All weights unsharded and in the compute dtype: ranks may make different numbers of forwards inside."""
+    """All weights unsharded and in the compute dtype.
+
+    Inside, ranks may make different numbers of forwards.
+    """
     units = _units(model)
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -195,15 +208,14 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-# ------------------------------------------------------------------------------------------ state dicts
-
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _LOAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """Whole, unsharded weights on the CPU of rank 0 (empty on the others). A collective."""
-    return get_model_state_dict(model, options=_FULL)
+    state: dict[str, Any] = get_model_state_dict(model, options=_FULL)
+    return state
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -211,11 +223,13 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return get_optimizer_state_dict(model, optimizer, options=_FULL)
 
 
-def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Every rank passes the whole state and keeps its shard."""
     set_model_state_dict(model, state, options=_LOAD)
 
 
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
     """Every rank passes the whole state and keeps its shard."""
     set_optimizer_state_dict(model, optimizer, state, options=_LOAD)

@@ -18,8 +18,9 @@ def evaluate(
     """Answer every row greedily; the rows are split over ranks, every rank gets the whole result.
 
     Returns:
-        weighted_f1, accuracy, macro_f1, format_rate, parse_rate (percent; means over data sets, format and
-        parse rate over rows), per_dataset {name: the same, support, confusion}, num_rows.
+        weighted_f1, accuracy, macro_f1, format_rate, parse_rate (percent; means over data sets,
+        format and parse rate over rows), per_dataset {name: the same, support, confusion},
+        num_rows.
     """
     answers: list[tuple[int, str | None, bool]] = []
     label_sets = task.rows.label_sets()

@@ -11,7 +11,7 @@ from crpo_fast.config import OptimConfig, PhaseConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay only where a parameter has two dimensions."""
+    """AdamW over the trainable parameters; weight decay only on those of two dimensions."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -25,8 +25,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, phase: PhaseConfig, config: OptimConfig) -> float:
     """Learning rate of the 0-based ``step`` of a phase.
 
-    Linear warm-up over ``warmup_steps``, then constant, or linear or cosine decay to 0 at the phase's end.
-    A pure function of the step, so that a resumed run needs no scheduler state.
+    Linear warm-up over ``warmup_steps``, then constant, or linear or cosine decay to 0 at the
+    phase's end. A pure function of the step, so that a resumed run needs no scheduler state.
     """
     peak = config.lr if phase.lr is None else phase.lr
     warmup = config.warmup_steps if phase.warmup_steps is None else phase.warmup_steps

@@ -24,9 +24,17 @@ def scores(evaluation: dict[str, Any]) -> dict[str, Any]:
 def show(summary: dict[str, Any], run_dir: Path, reporter: Reporter) -> None:
     """Print the table per data set and how to load the model."""
     columns = [k for k in ("untrained", "before", "after") if k in summary]
-    header = ["data set", *(f"F1 {c}" for c in columns), "change", *(f"format {c}" for c in columns)]
+    header = [
+        "data set",
+        *(f"F1 {c}" for c in columns),
+        "change",
+        *(f"format {c}" for c in columns),
+    ]
     first, last = summary["before"], summary["after"]
-    rows = [_row(name, [summary[c]["per_dataset"][name] for c in columns]) for name in last["per_dataset"]]
+    rows = [
+        _row(name, [summary[c]["per_dataset"][name] for c in columns])
+        for name in last["per_dataset"]
+    ]
     if len(rows) > 1:
         rows.append(_row("average", [summary[c] for c in columns]))
     reporter.table("weighted F1 and format rate on held-out rows, percent", header, rows)
@@ -53,7 +61,7 @@ def _row(name: str, results: list[dict[str, Any]]) -> list[str]:
 
 
 def write_plots(records: list[dict[str, Any]], stages: list[str], folder: Path) -> None:
-    """reward.svg, entropy.svg, loss.svg, kl.svg, length.svg from metrics.jsonl, where there is anything to draw."""
+    """Write reward, entropy, loss, kl and length.svg, each where there is anything to draw."""
     folder.mkdir(exist_ok=True)
     trained = [r for r in records if "reward" in r]
     curves = {

@@ -1,9 +1,9 @@
 """The life of a run around its optimizer steps: phases, logging, evaluation, checkpoints, the end.
 
-    Run.phases()   -> each phase that is not done yet: optimizer, loss, KL reference, resumed state
-    Phase.steps()  -> each step that is not done yet
-    finish_step    -> sync the engine, log, evaluate, save, stop on a signal
-    Run.finish     -> final evaluation, export, summary, curves
+Run.phases()   -> each phase that is not done yet: optimizer, loss, KL reference, resumed state
+Phase.steps()  -> each step that is not done yet
+finish_step    -> sync the engine, log, evaluate, save, stop on a signal
+Run.finish     -> final evaluation, export, summary, curves
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.received = 0
 
-    def __call__(self, signum: int, frame: Any) -> None:
+    def __call__(self, signum: int, _frame: Any) -> None:
+        """The handler that Python calls."""
         self.received = signum
 
 
@@ -83,6 +84,7 @@ class Run:
 
     def phases(self) -> Iterator[Phase]:
         """The phases that are not done, each ready to step."""
+        self.session.engine.sync(self.session.policy.model, self.progress.step)
         if self.config.eval.untrained:
             self.evaluate("untrained")
         lengths = phase_lengths(self.config)
@@ -110,14 +112,20 @@ class Run:
         rows = stratified(task.rows.test, 0 if settings.full else settings.limit)
         start = time.monotonic()
         result = evaluate(
-            task, self.session.engine, rows, self.session.greedy(), self.session.world, batch=settings.batch
+            task,
+            self.session.engine,
+            rows,
+            self.session.greedy(),
+            self.session.world,
+            batch=settings.batch,
         )
         self.evaluations[name] = {**result, "step": self.progress.step}
         if self.session.world.is_main:
             self.folder.write_json("evaluations.json", self.evaluations)
         self.reporter.line(
-            f"evaluation {name}: weighted F1 {result['weighted_f1']:.1f}, format {result['format_rate']:.1f} % "
-            f"({result['num_rows']} rows, {time.monotonic() - start:.0f} s)"
+            f"evaluation {name}: weighted F1 {result['weighted_f1']:.1f}, format "
+            f"{result['format_rate']:.1f} % ({result['num_rows']} rows, "
+            f"{time.monotonic() - start:.0f} s)"
         )
         return self.evaluations[name]
 
@@ -152,7 +160,9 @@ class Run:
             }
             if "untrained" in self.evaluations:
                 summary["untrained"] = outcome.scores(self.evaluations["untrained"])
-            outcome.write_plots(self.metrics.read(), self.session.task.grammar.names, self.folder.path / "plots")
+            outcome.write_plots(
+                self.metrics.read(), self.session.task.grammar.names, self.folder.path / "plots"
+            )
             self.folder.write_json("summary.json", summary)
             outcome.show(summary, self.folder.path, self.reporter)
         distributed.barrier()
@@ -204,16 +214,21 @@ class Phase:
             run.save(self.optimizer)
         if stopped:
             raise Stopped(f"signal {stopped}")
-        if config.eval.every and self.config.algorithm != "sft" and (step + 1) % config.eval.every == 0:
+        if (
+            config.eval.every
+            and self.config.algorithm != "sft"
+            and (step + 1) % config.eval.every == 0
+        ):
             run.evaluate(f"step_{run.progress.step}")
 
     def _check(self, step: int, metrics: dict[str, float]) -> None:
         bound = self.run.config.rollout.max_mismatch
         if step == self._first and metrics.get("mismatch", 0.0) > bound:
             raise MismatchError(
-                f"the engine serves other weights: mean |train - rollout logprob| is {metrics['mismatch']:.4f} "
-                f"nats on the first batch, the bound is {bound}. Same attention and dtype in both? "
-                "Type --model.compute_dtype float32, or raise --rollout.max_mismatch knowingly."
+                "the engine serves other weights: mean |train - rollout logprob| is "
+                f"{metrics['mismatch']:.4f} nats on the first batch, the bound is {bound}. Same "
+                "attention and dtype in both? Type --model.compute_dtype float32, or raise "
+                "--rollout.max_mismatch knowingly."
             )
         if self.alarm is None:
             return
@@ -280,6 +295,7 @@ def _start(run: Run, index: int, length: int) -> Phase:
     else:
         run.progress = advance(run.progress, phase=index, phase_steps=0, controllers={})
     session.engine.sync(model, run.progress.step)
-    run.reporter.line(f"phase {index + 1}/{len(run.config.phases)}: {config.algorithm}, {length} steps")
+    run.reporter.line(
+        f"phase {index + 1}/{len(run.config.phases)}: {config.algorithm}, {length} steps"
+    )
     return Phase(run, index, length, config, spec, optimizer, reference, alarm)
-

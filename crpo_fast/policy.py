@@ -1,8 +1,9 @@
 """The policy: a transformers causal LM, sharded, whose head computes the fused loss.
 
-The head's *instance* forward is patched: without ``compute`` it is the plain projection (generation), with
-it the fused function gets the unsharded weight. Everything goes through ``__call__``, so that FSDP's hooks
-fire; reaching for ``lm_head.weight`` from outside gives silently wrong gradients at more than one rank.
+The head's *instance* forward is patched: without ``compute`` it is the plain projection
+(generation), with it the fused function gets the unsharded weight. Everything goes through
+``__call__``, so that FSDP's hooks fire; reaching for ``lm_head.weight`` from outside gives silently
+wrong gradients at more than one rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from crpo_fast import distributed
 from crpo_fast.distributed import World
@@ -32,9 +34,9 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Policy:
-    """A sharded model. ``model`` keeps its parameters, tying, ``generate`` and ``save_pretrained``."""
+    """A sharded model, which keeps its parameters, tying, ``generate`` and ``save_pretrained``."""
 
-    model: nn.Module
+    model: Any  # PreTrainedModel with the method of install_head
     world: World
     head_options: dict[str, float] = field(default_factory=dict)
 
@@ -44,7 +46,7 @@ class Policy:
 
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch, temperature: float, **options: Any) -> Tensor:
-        """[R] fp32 logprobs of the labels, nats, without gradients and without stale weights after it."""
+        """[R] fp32 logprobs of the labels, nats; no gradients, and no stale weights after it."""
 
         def compute(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
             out = linear_logprobs(
@@ -62,7 +64,7 @@ class Policy:
 
 
 def create(
-    model: nn.Module,
+    model: Any,
     world: World,
     *,
     compute_dtype: torch.dtype,
@@ -89,7 +91,7 @@ def create(
 
 
 def copy_weights(source: Policy, target: Policy) -> None:
-    """Copy the local shards of ``source`` into the equally sharded ``target`` (casting to its dtype)."""
+    """Copy the local shards of ``source`` into the equally sharded ``target``, in its dtype."""
     pairs = zip(source.model.parameters(), target.model.parameters(), strict=True)
     with torch.no_grad():
         for a, b in pairs:
@@ -100,11 +102,12 @@ def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def head_options(model: nn.Module) -> dict[str, float]:
+def head_options(model: PreTrainedModel) -> dict[str, float]:
     """Logit scale and softcap of the model's config under the fused loss's names.
 
     Raises:
-        UnsupportedModelError: a scale has a name that is known to exist but is not implemented here.
+        UnsupportedModelError: a scale has a name that is known to exist but is not implemented
+            here.
     """
     config, options = model.config, {}
     if getattr(config, "final_logit_softcapping", None):
@@ -118,13 +121,14 @@ def head_options(model: nn.Module) -> dict[str, float]:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(
-            f"model: expected an nn.Linear output head, got {type(head).__name__}. The fused loss needs "
-            "logits = hidden @ weight.T (+ bias); train another model or export this one with such a head."
+            f"model: expected an nn.Linear output head, got {type(head).__name__}. The fused loss "
+            "needs logits = hidden @ weight.T (+ bias); train another model or export this one "
+            "with such a head."
         )
     return options
 
 
-def install_head(model: nn.Module) -> None:
+def install_head(model: Any) -> None:
     """Give the head a second mode and the model the method ``policy_forward``."""
     head = model.get_output_embeddings()
     plain = head.forward
@@ -136,7 +140,7 @@ def install_head(model: nn.Module) -> None:
         bias = {} if self.bias is None else {"bias": self.bias}
         return compute(hidden, self.weight, **bias, **options)
 
-    def policy_forward(self: nn.Module, batch: MicroBatch, compute: Any, options: Any) -> Any:
+    def policy_forward(self: Any, batch: MicroBatch, compute: Any, options: Any) -> Any:
         # the batch is one opaque leaf: FSDP casts every float tensor that it finds in the arguments
         hidden = self.base_model(
             input_ids=batch.input_ids,

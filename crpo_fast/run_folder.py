@@ -1,6 +1,7 @@
 """The run folder: one config, its checkpoints, what was logged, and how far it got.
 
-    runs/<name>/ config.toml metrics.jsonl samples.jsonl evaluations.json summary.json plots/ checkpoints/ final/
+runs/<name>/  config.toml  metrics.jsonl  samples.jsonl  evaluations.json  summary.json
+              data/  tokenizer/  plots/  checkpoints/  final/
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tomli_w
 from crpo_fast import checkpoint
 from crpo_fast.checkpoint import Progress
 from crpo_fast.config import Config, ConfigError, to_dict
+from crpo_fast.console import notice
 
 # sections and keys that may differ between the starts of one run
 _FREE = ("run", "checkpoint", "train.max_steps", "train.threads")
@@ -64,13 +66,13 @@ def prepare(config: Config) -> RunFolder:
     if saved.exists() and config.run.resume == "never":
         old = folder.path.with_name(f"{folder.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.path.rename(old)
-        print(f"run.resume never: moved the earlier run to {old}", flush=True)
+        notice(f"run.resume never: moved the earlier run to {old}")
     if saved.exists():
         _refuse_other_config(config, saved)
     elif folder.path.exists() and any(folder.path.iterdir()):
         raise ConfigError(
-            f"run.dir: expected an empty folder or a run, got {folder.path} with other files in it. "
-            "Type --run.dir <new folder>."
+            f"run.dir: expected an empty folder or a run, got {folder.path} with other files in "
+            "it. Type --run.dir <new folder>."
         )
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     saved.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
@@ -91,7 +93,8 @@ def _refuse_other_config(config: Config, saved: Path) -> None:
         lines = "\n".join(f"  {k}: {before.get(k)!r} -> {now.get(k)!r}" for k in different)
         raise ConfigError(
             f"run.dir: {saved.parent} already holds a run with another config:\n{lines}\n"
-            "Type --run.dir <new folder> for a new run, or --run.resume never to move the old one aside."
+            "Type --run.dir <new folder> for a new run, or --run.resume never to move the old "
+            "one aside."
         )
 
 
@@ -102,7 +105,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         items = [(str(i), v) for i, v in enumerate(value)]
     else:
         return {prefix: value}
-    return {k: v for key, x in items for k, v in _flat(x, f"{prefix}.{key}" if prefix else key).items()}
+    return {
+        k: v for key, x in items for k, v in _flat(x, f"{prefix}.{key}" if prefix else key).items()
+    }
 
 
 def phase_lengths(config: Config) -> list[int]:
@@ -113,7 +118,13 @@ def phase_lengths(config: Config) -> list[int]:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where to continue: ``path`` None = at the start; ``phase_start`` holds the weights the phase began with."""
+    """Where to continue.
+
+    Attributes:
+        progress: of the checkpoint.
+        path: the checkpoint; None = at the start.
+        phase_start: the checkpoint that holds the weights the phase began with, if any.
+    """
 
     progress: Progress
     path: Path | None = None
@@ -134,8 +145,8 @@ def resume_point(config: Config, folder: RunFolder) -> Resume:
         progress = checkpoint.load_progress(path)
         if not _is_prefix(progress, lengths):
             raise ConfigError(
-                f"run.resume: {path} (phase {progress.phase}, step {progress.phase_steps}) is not on the way "
-                "of this config. Type --train.max_steps as in the run that wrote it."
+                f"run.resume: {path} (phase {progress.phase}, step {progress.phase_steps}) is not "
+                "on the way of this config. Type --train.max_steps as in the run that wrote it."
             )
         return _resume(path, progress, found)
     for path, progress in found:

@@ -1,4 +1,4 @@
-"""Everything a run builds once: rows, tokenizer, policy, engine. Also the KL reference of a phase."""
+"""Everything a run builds once: rows, tokenizer, policy, engine. Also a phase's KL reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 @dataclass(frozen=True)
 class Session:
-    """The three things with state (policy, engine; the optimizer belongs to a phase) and what they work on."""
+    """Policy and engine, which have state, and what they work on; the optimizer is a phase's."""
 
     config: Config
     world: World
@@ -40,17 +40,17 @@ class Session:
         """What this run trains, on what, and why so."""
         config, model = self.config, self.policy.model
         count = sum(p.numel() for p in model.parameters())
-        attention, reason = models.choose_attention(
-            config.model.attention, self.world.device.type
-        )
+        attention, reason = models.choose_attention(config.model.attention, self.world.device.type)
         rows = self.task.rows
+        source = config.model.path or "built from model.build"
+        size = f"{count / 1e6:.1f} M parameters, {config.model.compute_dtype} compute"
+        where = f"{self.world.size} rank(s) on {self.world.device.type}"
+        training = f"{len(rows.train)} train, {len(rows.cold_start)} cold-start"
+        test = f"{len(rows.test)} {config.eval.split} rows in {len(rows.label_sets())} data set(s)"
         return [
-            f"model: {config.model.path or 'built from model.build'}, {count / 1e6:.1f} M parameters, "
-            f"{config.model.compute_dtype} compute, {self.world.size} rank(s) on {self.world.device.type}, "
-            f"{torch.get_num_threads()} thread(s) each",
+            f"model: {source}, {size}, {where}, {torch.get_num_threads()} thread(s) each",
             f"attention: {attention} ({reason}); rollouts: {config.rollout.engine}",
-            f"data: {len(rows.train)} train, {len(rows.cold_start)} cold-start, {len(rows.test)} "
-            f"{config.eval.split} rows in {len(rows.label_sets())} data set(s)",
+            f"data: {training}, {test}",
         ]
 
     def reference(self) -> Policy:
@@ -132,7 +132,7 @@ def _source(
     tokenizer = models.load_tokenizer(folder)
 
     def make() -> Any:
-        return models.build_model(
+        model: Any = models.build_model(
             build.architecture,
             vocab_size=len(tokenizer),
             hidden_size=build.hidden_size,
@@ -146,7 +146,8 @@ def _source(
             pad_token_id=tokenizer.pad_token_id,
             attention=attention,
             seed=config.seed,
-        ).to(master)
+        )
+        return model.to(master)
 
     return make, tokenizer
 

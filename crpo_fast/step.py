@@ -1,4 +1,4 @@
-"""One optimizer step: sequences -> weight vectors -> micro-batches -> gradients -> update -> metrics."""
+"""One optimizer step: sequences -> weights -> micro-batches -> gradients -> update -> metrics."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """This rank's micro-batches with all their vectors; equally many on every rank.
 
-    Ranks with fewer sequences get dummy micro-batches, whose gradients are zero, so that the collectives of
-    forward and backward stay in step.
+    Ranks with fewer sequences get dummy micro-batches, whose gradients are zero, so that the
+    collectives of forward and backward stay in step.
     """
     world = policy.world
     flat = flat_vectors(
@@ -51,14 +51,16 @@ def micro_batches(
         return batches
     options = dict(spec.options)
     return [
-        b.with_vectors(ref_logprobs=reference.logprobs(b, spec.temperature, **options)) for b in batches
+        b.with_vectors(ref_logprobs=reference.logprobs(b, spec.temperature, **options))
+        for b in batches
     ]
 
 
 def accumulate(policy: Policy, batches: list[MicroBatch], spec: LossSpec) -> tuple[float, Sums]:
     """Forward and backward of all micro-batches; returns this rank's loss and its metrics.
 
-    The loss already carries the global denominators and the data-parallel size: nothing is divided here.
+    The loss already carries the global denominators and the data-parallel size: nothing is divided
+    here.
     """
     sums, total = Sums(), 0.0
     for i, batch in enumerate(batches):
@@ -90,8 +92,9 @@ def optimizer_step(
     metrics = sums.means(lambda x: distributed.all_sum(x.to(policy.world.device)).cpu())
     if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
         raise NonFiniteError(
-            f"loss {metrics['loss']}, gradient norm {norm}: not finite, the weights were not updated. Lower "
-            "optim.lr, or look for NaN in the data and the model (model.compute_dtype float32 helps)."
+            f"loss {metrics['loss']}, gradient norm {norm}: not finite, the weights were not "
+            "updated. Lower optim.lr, or look for NaN in the data and the model "
+            "(model.compute_dtype float32 helps)."
         )
     optimizer.step()
     return {**metrics, "grad_norm": norm}

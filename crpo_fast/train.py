@@ -1,4 +1,4 @@
-"""The entry point:  torchrun crpo_fast/train.py [config.toml] [--section.key value ...]
+"""The entry point. Type torchrun crpo_fast/train.py [config.toml] [--section.key value ...].
 
 `train` names every stage of a step once; what each does is in the module it comes from.
 """
@@ -28,7 +28,13 @@ from crpo_fast.distributed import World  # noqa: E402
 from crpo_fast.experience import Experience  # noqa: E402
 from crpo_fast.models import ModelError  # noqa: E402
 from crpo_fast.optim import learning_rate, set_learning_rate  # noqa: E402
-from crpo_fast.phases import EntropyExplosionError, MismatchError, Run, Stopped, StopSignal  # noqa: E402
+from crpo_fast.phases import (  # noqa: E402
+    EntropyExplosionError,
+    MismatchError,
+    Run,
+    Stopped,
+    StopSignal,
+)
 from crpo_fast.policy import UnsupportedModelError  # noqa: E402
 from crpo_fast.rewards import RewardError  # noqa: E402
 from crpo_fast.rollout import RolloutError  # noqa: E402
@@ -52,7 +58,11 @@ def train(run: Run) -> None:
             )
             set_learning_rate(phase.optimizer, learning_rate(step, phase.config, config.optim))
             metrics = optimizer_step(
-                policy, phase.optimizer, packed, phase.loss, max_grad_norm=config.optim.max_grad_norm
+                policy,
+                phase.optimizer,
+                packed,
+                phase.loss,
+                max_grad_norm=config.optim.max_grad_norm,
             )
             phase.finish_step(step, metrics, batch)
     run.finish()
@@ -61,7 +71,8 @@ def train(run: Run) -> None:
 def gather(run: Run, phase: PhaseConfig, step: int) -> Experience:
     """This rank's sequences of one step: written ones in SFT, else sampled and scored ones.
 
-    Rows and seeds are pure functions of (seed, step, rank), so that a resumed run needs no state for them.
+    Rows and seeds are pure functions of (seed, step, rank), so that a resumed run needs no state
+    for them.
     """
     config, world, task = run.config, run.session.world, run.session.task
     torch.manual_seed(_seed(config.seed, step, world.rank))
@@ -95,7 +106,8 @@ def run(config: Config, world: World, reporter: Reporter) -> None:
     summary = folder.summary()
     if summary is not None and summary["phase_steps"] == run_folder.phase_lengths(config):
         reporter.line(f"{folder.path} is finished (--run.resume never starts again)")
-        outcome.show(summary, folder.path, reporter) if world.is_main else None
+        if world.is_main:
+            outcome.show(summary, folder.path, reporter)
         return
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -106,24 +118,34 @@ def run(config: Config, world: World, reporter: Reporter) -> None:
     try:
         train(Run(config, built, folder, resume, reporter, stop, started))
     except Stopped as reason:
-        reporter.line(f"stopped by {reason}; saved. The same command continues: --run.dir {folder.path}")
+        reporter.line(
+            f"stopped by {reason}; saved. The same command continues: --run.dir {folder.path}"
+        )
     finally:
         reporter.close()
         built.engine.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done or stopped by a signal, 2 something to correct, 1 training cannot go on."""
+    """Exit status: 0 done or stopped by a signal, 2 the user must correct, 1 cannot go on."""
     is_main = os.environ.get("RANK", "0") == "0"
     status = 0
     try:
         config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        build_grammar(config), load_rewards(config)  # refuse now what would be refused after loading
+        # refuse now what would be refused after loading
+        build_grammar(config)
+        load_rewards(config)
         world = distributed.init(config.train.threads)
         run(config, world, Reporter(enabled=world.is_main))
     except (ConfigError, CheckpointError, DataError, ModelError, UnsupportedModelError) as error:
         status = _refuse(error, is_main, 2)
-    except (EntropyExplosionError, MismatchError, NonFiniteError, RewardError, RolloutError) as error:
+    except (
+        EntropyExplosionError,
+        MismatchError,
+        NonFiniteError,
+        RewardError,
+        RolloutError,
+    ) as error:
         status = _refuse(error, is_main, 1)
     distributed.shutdown(together=status == 0)
     return status

@@ -1,7 +1,8 @@
-"""Started by torchrun from test_layouts.py: gradients of one optimizer step against a dense reference.
+"""Started by torchrun from test_layouts.py: one step's gradients against a dense reference.
 
-The reference knows nothing of packing, sharding or the fused loss: one sequence at a time through the plain
-model, log-softmax of its logits, the formulas of the design written out with global counts.
+The reference knows nothing of packing, sharding or the fused loss: one sequence at a time through
+the plain model, log-softmax of its logits, the formulas of the design written out with global
+counts.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def make_sequences() -> list[Sequence]:
 
 def dense(model: torch.nn.Module, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor([*sequence.prompt_ids, *sequence.completion_ids])
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, len(sequence.prompt_ids) - 1 : -1]
+    logits = model(input_ids=ids[None], use_cache=False).logits[
+        0, len(sequence.prompt_ids) - 1 : -1
+    ]
     logp = torch.log_softmax(logits / TEMPERATURE, -1)
     chosen = logp.gather(1, torch.tensor(sequence.completion_ids)[:, None])[:, 0]
     return chosen, -(logp.exp() * logp).sum(-1)
@@ -108,7 +111,12 @@ def whole_grad(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def error(
-    world: distributed.World, aggregation: str, tied: bool, layout: str, dtype: torch.dtype, budget: int
+    world: distributed.World,
+    aggregation: str,
+    tied: bool,
+    layout: str,
+    dtype: torch.dtype,
+    budget: int,
 ) -> tuple[float, str, list[int]]:
     sequences = make_sequences()
     plain, frozen = make_model(tied, dtype), make_model(tied, dtype, seed=2)

@@ -17,7 +17,13 @@ BOUNDS = {"torch.float64": 1e-10, "torch.float32": 2e-6}  # max |error| / max |g
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_gradients_equal_the_dense_reference(ranks: int, tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
     done = subprocess.run(
         [*command, str(WORKER), str(out)], capture_output=True, text=True, timeout=300, check=False
     )

@@ -57,7 +57,11 @@ def test_run_folder(finished: Path) -> None:
     assert [r["phase"] for r in logged] == ["sft"] * 4 + ["crpo"] * 4
     assert [r["step"] for r in logged] == list(range(1, 9))
     assert logged[0]["loss"] > logged[3]["loss"]  # the cold start learns
-    assert {p.name for p in (finished / "plots").iterdir()} >= {"reward.svg", "entropy.svg", "loss.svg"}
+    assert {p.name for p in (finished / "plots").iterdir()} >= {
+        "reward.svg",
+        "entropy.svg",
+        "loss.svg",
+    }
     assert (finished / "config.toml").exists()
 
 
@@ -69,7 +73,9 @@ def test_final_folder_loads_in_transformers(finished: Path) -> None:
     assert out.shape[1] > ids.shape[1]
 
 
-def test_finished_run_prints_its_summary(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_prints_its_summary(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (finished / "metrics.jsonl").read_text()
     assert run(finished) == 0
     out = capsys.readouterr().out
@@ -118,7 +124,9 @@ def test_torn_checkpoint_is_skipped_and_named(
     assert records(run_dir) == records(finished)
 
 
-def test_another_config_in_the_folder_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_config_in_the_folder_is_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(p.name for p in finished.iterdir())
     assert run(finished, "--optim.lr", "0.5") == 2
     err = capsys.readouterr().err
@@ -142,7 +150,9 @@ def test_checkpoints_are_pruned_but_phase_ends_stay(finished: Path) -> None:
     assert (finished / "checkpoints" / "latest").read_text() == "step_8"
 
 
-def test_nan_weights_stop_the_run_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_weights_stop_the_run_with_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(tmp_path / "r", "--optim.lr", "1e30") == 1
     err = capsys.readouterr().err
     assert "not finite" in err
@@ -165,22 +175,41 @@ def test_refusals(
     assert message in capsys.readouterr().err
 
 
-def test_stage_tags_that_are_prefixes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stage_tags_that_are_prefixes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "c.toml"
-    config.write_text(Path(TINY).read_text() + "[[stages]]\nname = 'mental'\n[[stages]]\nname = 'mental_state'\n")
+    config.write_text(
+        Path(TINY).read_text() + "[[stages]]\nname = 'mental'\n[[stages]]\nname = 'mental_state'\n"
+    )
     assert run(tmp_path / "r", config=str(config)) == 2
     assert "prefix" in capsys.readouterr().err
 
 
 def command(run_dir: Path, *arguments: str, ranks: int = 1) -> list[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launch, str(ROOT / "crpo_fast" / "train.py"), TINY, "--run.dir", str(run_dir), *arguments]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
+    return [
+        *launch,
+        str(ROOT / "crpo_fast" / "train.py"),
+        TINY,
+        "--run.dir",
+        str(run_dir),
+        *arguments,
+    ]
 
 
 @pytest.mark.multirank
 def test_two_ranks_train_and_agree_on_the_first_step(finished: Path, tmp_path: Path) -> None:
     """The cold start sees the same sequences at any number of ranks, so its losses agree."""
-    done = subprocess.run(command(tmp_path / "r", ranks=2), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command(tmp_path / "r", ranks=2), capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = records(finished), records(tmp_path / "r")
     assert len(two) == 8
@@ -193,9 +222,20 @@ def test_two_ranks_train_and_agree_on_the_first_step(finished: Path, tmp_path: P
 def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     run_dir = tmp_path / "r"
     slow = ["--phases.0.steps", "4000", "--checkpoint.every", "0", "--optim.schedule", "constant"]
-    arguments = [sys.executable, str(ROOT / "crpo_fast" / "train.py"), TINY, "--run.dir", str(run_dir), *slow]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    arguments = [
+        sys.executable,
+        str(ROOT / "crpo_fast" / "train.py"),
+        TINY,
+        "--run.dir",
+        str(run_dir),
+        *slow,
+    ]
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    }
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.05)
