@@ -8,6 +8,7 @@ passes of the statistics hit the second-level cache.
 from __future__ import annotations
 
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -68,9 +69,14 @@ def _grad_(
 
 
 @cache
-def _compiled(function: Any) -> Any:
-    """``function`` compiled; ``fullgraph``: it never falls back to running op by op."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+def _compiled(function: Any, *variant: object) -> Any:
+    """``function`` compiled for one variant; ``fullgraph``: it never falls back to op by op.
+
+    torch.compile allows eight variants of one code object, so each variant has a copy of it.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{len(variant)}")
+    copy = FunctionType(code, function.__globals__, function.__name__)
+    return torch.compile(copy, dynamic=True, fullgraph=True)
 
 
 def _arguments(view: LogitView, num_rows: int, like: Tensor) -> tuple:
@@ -96,7 +102,9 @@ class CompiledRows:
         """Statistics of the rows of ``raw``."""
         like = raw.new_empty(0, dtype=self.dtype)
         bias, inner, outer = _arguments(view, raw.shape[0], like)
-        maximum, s, t = _compiled(_stats)(raw, bias, inner, outer)
+        maximum, s, t = _compiled(_stats, raw.dtype, bias is None, inner is None)(
+            raw, bias, inner, outer
+        )
         picked = raw.gather(1, labels.unsqueeze(1))  # [C, 1]
         label_bias = None if bias is None else bias[labels].unsqueeze(1)
         label_logits = _logits(picked, label_bias, inner, outer).squeeze(1)  # [C]
@@ -123,6 +131,7 @@ class CompiledRows:
             None if x is None else x.unsqueeze(1) for x in (stats.maximum, stats.log_sum, a, b)
         )
         arguments = _arguments(view, raw.shape[0], stats.logprobs)
-        _compiled(_grad_)(raw, d_raw, arguments, columns)
+        variant = (raw.dtype, raw is d_raw, *(x is None for x in (*arguments, b)))
+        _compiled(_grad_, *variant)(raw, d_raw, arguments, columns)
         rows = torch.arange(raw.shape[0], device=raw.device)
         d_raw[rows, labels] = label_grad.to(d_raw.dtype)

@@ -1,0 +1,155 @@
+"""Bad input ends in an error that names the argument, its value and what to type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import crpo_kernels as ck
+from crpo_kernels.spec import ObjectiveSpec
+from numerics import make_problem
+
+
+def call(function="loss", **changes):
+    """One valid call with some arguments replaced; None removes one."""
+    problem = make_problem(num_rows=6)
+    arguments = {
+        "hidden": problem.hidden.float(),
+        "weight": problem.weight.float(),
+        "labels": problem.labels,
+    }
+    if function == "loss":
+        arguments |= {
+            "advantages": torch.ones(6),
+            "token_weights": torch.ones(6),
+            "cu_seqlens": torch.tensor([0, 6]),
+        }
+    arguments |= changes
+    positional = [arguments.pop(name) for name in ("hidden", "weight", "labels")]
+    run = ck.linear_policy_loss if function == "loss" else ck.linear_logprobs
+    return run(*positional, **arguments)
+
+
+def shifted(value, at=2):
+    labels = make_problem(num_rows=6).labels
+    labels[at] = value
+    return labels
+
+
+class FakeDTensor(torch.Tensor):
+    """Looks like torch.distributed's DTensor."""
+
+    placements = "(Shard(dim=0),)"
+
+    def full_tensor(self):
+        """What the message names."""
+
+
+HEAD_CASES = {
+    "labels_beyond_v": ({"labels": shifted(101)}, r"labels: .* 0\.\.100 or -100, got 101 at row 2"),
+    "negative_label": ({"labels": shifted(-1)}, "got -1 at row 2"),
+    "float_labels": ({"labels": torch.zeros(6)}, "labels: expected int64"),
+    "labels_length": ({"labels": torch.zeros(5).long()}, "labels: expected T = 6 values.* got 5"),
+    "labels_list": ({"labels": [1] * 6}, "labels: expected a torch.Tensor, got list"),
+    "weight_dtype": ({"weight": torch.ones(101, 16).bfloat16()}, "weight: .* got torch.bfloat16"),
+    "weight_device": ({"weight": torch.ones(101, 16, device="meta")}, "weight: .* got meta"),
+    "weight_transposed": ({"weight": torch.ones(16, 101)}, r"weight: .*\[V, 16\].* transpose"),
+    "dtensor": (
+        {"weight": torch.ones(101, 16).as_subclass(FakeDTensor)},
+        r"weight: expected a plain Tensor, got a DTensor .* weight.full_tensor\(\)",
+    ),
+    "half": ({"hidden": torch.ones(6, 16).half()}, "hidden: .* got torch.float16"),
+    "vector_hidden": ({"hidden": torch.ones(16)}, r"hidden: expected \[T, D\]"),
+    "bias_shape": ({"bias": torch.ones(5)}, "bias: expected floating .101."),
+    "temperature_zero": ({"temperature": 0}, "temperature: .* above 0, got 0"),
+    "temperature_negative": ({"temperature": -1.0}, "temperature: .* got -1.0"),
+    "temperature_nan": ({"temperature": float("nan")}, "temperature: .* got nan"),
+    "temperature_row": (
+        {"temperature": torch.tensor([1.0, 0.0, 1, 1, 1, 1])},
+        "temperature: expected values above 0, got 0.0",
+    ),
+    "temperature_length": ({"temperature": torch.ones(4)}, "temperature: expected T = 6 values"),
+    "scale": ({"logit_scale": 0.0}, "logit_scale: .* got 0.0"),
+    "softcap": ({"logit_softcap": -2.0}, "logit_softcap: .* got -2.0"),
+    "rows": ({"rows": [1, 6]}, r"rows: expected distinct indices in 0\.\.5, got values in 1\.\.6"),
+    "rows_twice": ({"rows": [1, 1]}, "rows: expected distinct"),
+    "backend": ({"backend": "tritn"}, "backend: expected one of .* got 'tritn'"),
+    "mode": ({"mode": "one-pass"}, "mode: expected one of .* Did you mean 'one_pass'"),
+    "workspace": ({"workspace_bytes": 0}, "workspace_bytes: expected bytes above 0 or None, got 0"),
+    "vocab_start": ({"vocab_start": 8}, "vocab_start: expected 0 without a process_group, got 8"),
+}
+LOSS_CASES = {
+    "advantages_length": (
+        {"advantages": torch.ones(2)},
+        r"advantages: expected T = 6 values, one per row of hidden, got 2 .*repeat_interleave",
+    ),
+    "advantages_missing": ({"advantages": None}, "advantages: .* policy='clip', got None"),
+    "token_weights": ({"token_weights": None}, "token_weights: .* aggregation_weights"),
+    "token_weights_length": ({"token_weights": torch.ones(7)}, "token_weights: expected T = 6"),
+    "entropy_length": ({"entropy_weights": torch.ones(1)}, "entropy_weights: expected T = 6"),
+    "old_list": ({"old_logprobs": [0.0] * 6}, "old_logprobs: expected a torch.Tensor"),
+    "ref_device": ({"ref_logprobs": torch.ones(6, device="meta")}, "ref_logprobs: .* got meta"),
+    "kl": (
+        {"spec": ObjectiveSpec.preset("crpo")},
+        "ref_logprobs: expected a tensor with kl_coef=0.01, got None",
+    ),
+    "rho": (
+        {"spec": ObjectiveSpec(rho_mode="mask")},
+        "rollout_logprobs: expected a tensor with rho_mode='mask', got None",
+    ),
+    "gspo": (
+        {"spec": ObjectiveSpec.preset("gspo"), "cu_seqlens": None},
+        "cu_seqlens: expected a tensor with policy='gspo', got None",
+    ),
+    "gspo_cu": (
+        {"spec": ObjectiveSpec.preset("gspo"), "cu_seqlens": torch.tensor([0, 5])},
+        "cu_seqlens: expected a rising sequence from 0 to T = 6",
+    ),
+    "gspo_one_pass": (
+        {
+            "spec": ObjectiveSpec.preset("gspo"),
+            "old_logprobs": torch.zeros(6),
+            "mode": "one_pass",
+        },
+        "mode: expected 'auto' or 'two_pass', got 'one_pass': the ratio of gspo",
+    ),
+    "spec_name": ({"spec": "crpo"}, r"spec: .* got 'crpo'. Pass ObjectiveSpec.preset\('crpo'\)"),
+}
+
+
+@pytest.mark.parametrize("case", HEAD_CASES)
+@pytest.mark.parametrize("function", ["loss", "logprobs"])
+def test_head(case, function):
+    changes, message = HEAD_CASES[case]
+    with pytest.raises(ValueError, match=message):
+        call(function, **changes)
+
+
+@pytest.mark.parametrize("case", LOSS_CASES)
+def test_loss(case):
+    changes, message = LOSS_CASES[case]
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_one_pass_is_refused_for_logprobs_that_need_a_gradient():
+    leaf = make_problem(num_rows=6).hidden.float().requires_grad_()
+    with pytest.raises(ValueError, match=r"comes after the head has run\. Use mode='auto'"):
+        call("logprobs", hidden=leaf, mode="one_pass")
+
+
+@pytest.mark.parametrize("function", ["loss", "logprobs"])
+def test_process_group_is_not_implemented(function):
+    with pytest.raises(NotImplementedError, match=r"process_group: .* Pass process_group=None"):
+        call(function, process_group=object())
+
+
+def test_an_ignored_row_may_have_any_temperature():
+    temperature = torch.ones(6)
+    temperature[0] = 0.0  # row 0 is ignored
+    assert call(temperature=temperature)[0].isfinite()
+
+
+def test_the_valid_call_runs():
+    assert call()[0].isfinite()
+    assert call("logprobs").entropy.shape == (6,)

@@ -1,0 +1,94 @@
+"""Extra memory in live tensor bytes: under workspace and gradients, and flat in T."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import crpo_kernels as ck
+from crpo_kernels.plan import make_plan
+from crpo_kernels.spec import ObjectiveSpec
+from numerics import LiveBytes
+
+
+def extra_bytes(num_rows, vocab, dim, dtype, *, ignored=False, frozen=False, **options):
+    """(peak bytes beyond the inputs, bytes of the gradients) of forward and backward."""
+    hidden = torch.randn(num_rows, dim).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, dim).to(dtype).requires_grad_(not frozen)
+    labels = torch.randint(0, vocab, (num_rows,))
+    if ignored:
+        labels[::2] = ck.IGNORE_INDEX
+    vectors = torch.randn(4, num_rows)
+    with LiveBytes(hidden, weight, labels, vectors) as counter:
+        loss, _ = ck.linear_policy_loss(
+            hidden,
+            weight,
+            labels,
+            advantages=vectors[0],
+            token_weights=vectors[1],
+            entropy_weights=vectors[2],
+            ref_logprobs=vectors[3],
+            spec=ObjectiveSpec.preset("crpo"),
+            **options,
+        )
+        loss.backward()
+    accumulator = 4 * vocab * dim if not frozen else 0
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    return counter.peak, gradients, accumulator
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("workspace", [1 << 20, 4 << 20, 64 << 20])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_extra_memory_is_under_workspace_and_gradients(mode, dtype, workspace, ignored):
+    peak, gradients, accumulator = extra_bytes(
+        2048, 4000, 48, dtype, mode=mode, workspace_bytes=workspace, ignored=ignored
+    )
+    scale = 2 if dtype == torch.float64 else 1
+    assert peak <= workspace + gradients + scale * accumulator
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_extra_memory_is_flat_in_t_beyond_the_bound(mode):
+    """Rows x V never beyond 1024 fp32 rows (D is small): what grows is O(T)."""
+    vocab, dim = 3000, 32
+    small, _, _ = extra_bytes(2048, vocab, dim, torch.float32, mode=mode)
+    large, _, _ = extra_bytes(8192, vocab, dim, torch.float32, mode=mode)
+    per_row = (large - small) / (8192 - 2048)
+    assert per_row < 3 * 4 * dim + 160  # gradients, their copies and vectors, in bytes a row
+    assert small < 1024 * vocab * 4 * 1.6
+
+
+def test_a_dense_loss_needs_several_times_t_v_and_the_counter_sees_it():
+    peak, _, _ = extra_bytes(512, 4000, 16, torch.float32, backend="dense")
+    assert peak > 4 * 512 * 4000 * 4
+    fused, _, _ = extra_bytes(512, 4000, 16, torch.float32)
+    assert fused < peak / 3
+
+
+def test_a_frozen_head_keeps_no_gradient_factors():
+    frozen, gradients, _ = extra_bytes(8192, 3000, 32, torch.float32, frozen=True)
+    assert frozen < 1024 * 3000 * 4 * 1.6 + 3 * gradients
+
+
+@pytest.mark.parametrize("needs_weight_grad", [True, False])
+def test_chunks_follow_the_bound_of_the_design(needs_weight_grad):
+    def rows(num_rows, vocab, dim, dtype=torch.bfloat16, workspace=None):
+        return make_plan(
+            torch.empty(1, dim, dtype=dtype, device="meta"),
+            torch.empty(vocab, dim, dtype=dtype, device="meta"),
+            num_rows,
+            backend="torch",
+            mode="one_pass",
+            workspace_bytes=workspace,
+            needs_weight_grad=needs_weight_grad,
+            is_compiled=False,
+        ).chunk_rows
+
+    assert rows(2048, 151936, 1024) == 2048  # one chunk: 622 MB of bf16 within 1 GiB
+    assert rows(100_000, 1000, 4096) <= (8192 if needs_weight_grad else 2048)
+    assert rows(100_000, 1000, 64, torch.float32) <= 1024
+    assert rows(10, 1000, 64, workspace=1) == 1  # never less than a row
+    assert rows(0, 1000, 64) == 1
