@@ -24,7 +24,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from crpo_fast.attention import choose_attention
@@ -45,6 +48,7 @@ __all__ = [
 ]
 
 _MAKE = "python -m crpo_fast.models smollm2 models/smollm2"
+_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -72,10 +76,11 @@ def check_model(path: str | Path) -> None:
             f"model.path: expected a model folder or a hub name, got {path}: {_first_line(error)} "
             f"Give a folder on this machine; `{_MAKE}` makes one."
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    classes = [config.model_type, *(config.architectures or ())]
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not _CLASSES.issuperset(classes[1:]):
         raise ModelError(
             f"model.path: expected a causal language model, got {path} of type "
-            f"{config.model_type!r}. Give a decoder, such as the one that `{_MAKE}` makes."
+            f"{' / '.join(classes)}. Give a decoder, such as the one that `{_MAKE}` makes."
         )
 
 

@@ -77,8 +77,8 @@ def _export(gguf: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # the weights are plain now: without this, transformers would save them as quantised ones
-    del model.config.quantization_config
+    # the weights are plain now: without this, transformers may save them as quantised ones
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     model.is_quantized = False
     if folder.exists():
