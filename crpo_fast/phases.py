@@ -73,9 +73,9 @@ class Run:
         self.samples = JsonLines(self.folder.path / "samples.jsonl", enabled=main)
         for log in (self.metrics, self.samples):
             log.keep(lambda r: r["step"] <= self.resume.progress.step)
-        self.evaluations: dict[str, Any] = {}
-        if self.resume.path is not None:
-            self.evaluations = self.folder.read_evaluations()
+        done = self.folder.read_evaluations()
+        step = self.progress.step  # later ones will be done again
+        self.evaluations = {name: e for name, e in done.items() if e["step"] <= step}
 
     @property
     def seconds(self) -> float:

@@ -157,5 +157,5 @@ def _train_tokenizer(config: Config, rows: Rows) -> Any:
     texts = [f"{r.instruction} {r.text}" for r in rows.train]
     texts += [f"{r.label} {' '.join((r.stages or {}).values())}" for r in rows.cold_start]
     texts += [r.completion for r in rows.cold_start if r.completion]
-    tags = [tag for name in grammar.tags for tag in (f"<{name}>", f"</{name}>")]
+    tags = list(grammar.tags)
     return models.train_tokenizer(texts, config.model.build.vocab_size, tags)
