@@ -25,7 +25,7 @@ from crpo_kernels import (
     stage_entropy_weights,
 )
 
-# the presets' usual aggregation; the paper trains crpo with TRL's "bnpo": groups of its device batch
+# the presets' usual aggregation; the paper trains crpo with TRL's "bnpo", by its device batch
 AGGREGATION = {
     "sft": "token_mean",
     "crpo": "bnpo",
