@@ -1,14 +1,11 @@
-"""Shared by the tests of the kernels: problems, comparisons, and a counter of live tensor bytes."""
+"""Shared by the tests of the kernels: problems and comparisons."""
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import crpo_kernels as ck
 
@@ -120,33 +117,3 @@ def assert_same_result(result, truth, tolerance: float) -> None:
             assert_near(grads[name], true_grad, tolerance, f"gradient of {name}")
     for name in stats._fields:
         assert_near(getattr(stats, name), getattr(true_stats, name), tolerance, name)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages that operations make, while they live; keeps the peak."""
-
-    def __init__(self, *existing: Tensor) -> None:
-        super().__init__()
-        self.known = {t.untyped_storage()._cdata for t in existing}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        return out
-
-    def _add(self, storage) -> None:
-        key = storage._cdata
-        if key in self.known:
-            return
-        self.known.add(key)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import crpo_kernels as ck
+from benchmarks.memory import LiveBytes
 from crpo_kernels.plan import make_plan
 from crpo_kernels.spec import ObjectiveSpec
-from numerics import LiveBytes
 
 
 def extra_bytes(num_rows, vocab, dim, dtype, *, ignored=False, frozen=False, **options):

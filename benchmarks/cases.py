@@ -1,0 +1,91 @@
+"""Shapes, and inputs whose distributions look like a language model's.
+
+Random hidden states give every token the same entropy, log V, and flatter whoever skips small
+probabilities. Here each hidden state is a sum of a few rows of the head, so that a handful of
+tokens compete: entropies of .3 to 3 nats, as in sampled text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape to measure."""
+
+    name: str
+    num_rows: int
+    vocab_size: int
+    dim: int
+    dtype: torch.dtype
+    temperature: float = 0.85
+
+    @property
+    def product_flops(self) -> float:
+        """Floating-point operations of one product over the head."""
+        return 2.0 * self.num_rows * self.vocab_size * self.dim
+
+
+CASES = {
+    "cpu": Case("T2048 V151936 D1024 bf16", 2048, 151936, 1024, torch.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every candidate gets; per-token vectors in fp32."""
+
+    case: Case
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    labels: Tensor  # [T]
+    advantages: Tensor  # [T]
+    token_weights: Tensor  # [T]
+    entropy_weights: Tensor  # [T]
+    ref_logprobs: Tensor  # [T]
+
+    def first(self, num_rows: int) -> Inputs:
+        """The first rows alone, with weights that sum to the same."""
+        scale = self.labels.numel() / num_rows
+        return Inputs(
+            self.case,
+            self.hidden[:num_rows],
+            self.weight,
+            self.labels[:num_rows],
+            self.advantages[:num_rows],
+            self.token_weights[:num_rows] * scale,
+            self.entropy_weights[:num_rows] * scale,
+            self.ref_logprobs[:num_rows],
+        )
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Inputs of a case: leaves that need gradients, labels sampled from the rows' candidates."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(case.vocab_size, case.dim, generator=g).div_(case.dim**0.5)
+    candidates = torch.randint(0, case.vocab_size, (case.num_rows, 4), generator=g)  # [T, 4]
+    peak = 9 + 7 * torch.rand(case.num_rows, 1, generator=g)  # [T, 1] logit above the crowd
+    gaps = torch.tensor([0.0, 1.0, 1.5, 2.0])
+    strength = case.temperature * (peak + gaps.neg())  # [T, 4]
+    hidden = (weight[candidates] * strength.unsqueeze(2)).sum(1)  # [T, D]; |w|^2 is about 1
+    picks = torch.multinomial(
+        torch.tensor([0.5, 0.25, 0.15, 0.1]), case.num_rows, True, generator=g
+    )
+    labels = candidates.gather(1, picks.unsqueeze(1)).squeeze(1)  # [T]
+    groups = torch.randn(8, generator=g)  # one advantage a sequence
+    advantages = groups.repeat_interleave(-(-case.num_rows // 8))[: case.num_rows]
+    ones = torch.ones(case.num_rows)
+    return Inputs(
+        case,
+        hidden.to(case.dtype).requires_grad_(),
+        weight.to(case.dtype).requires_grad_(),
+        labels,
+        advantages,
+        ones / case.num_rows,
+        0.02 * torch.sign(torch.randn(case.num_rows, generator=g)) / case.num_rows,
+        -1.5 - torch.rand(case.num_rows, generator=g),
+    )
