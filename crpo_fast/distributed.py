@@ -7,7 +7,10 @@ which neighbours of them are silently wrong.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -70,6 +73,7 @@ def init(threads: int = 0) -> World:
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count() or 1
         )
+        _keep_freed_memory()
         torch.set_num_threads(threads or max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     if "MASTER_PORT" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -77,6 +81,19 @@ def init(threads: int = 0) -> World:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse freed buffers of up to 32 MiB instead of giving them back to the kernel.
+
+    Otherwise every large activation costs page faults again (docs/log.md).
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 32 * 2**20)
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def shutdown(*, together: bool = True) -> None:
