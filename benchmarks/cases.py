@@ -7,6 +7,7 @@ tokens compete: entropies of .3 to 3 nats, as in sampled text.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +69,11 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(case.vocab_size, case.dim, generator=g).div_(case.dim**0.5)
     candidates = torch.randint(0, case.vocab_size, (case.num_rows, 4), generator=g)  # [T, 4]
-    peak = 9 + 7 * torch.rand(case.num_rows, 1, generator=g)  # [T, 1] logit above the crowd
-    gaps = torch.tensor([0.0, 1.0, 1.5, 2.0])
-    strength = case.temperature * (peak + gaps.neg())  # [T, 4]
+    peak = math.log(case.vocab_size) + 1.7 + 5 * torch.rand(case.num_rows, 1, generator=g)
+    gaps = torch.tensor([0.0, 1.0, 1.5, 2.0]) * (
+        0.5 + 2 * torch.rand(case.num_rows, 1, generator=g)
+    )
+    strength = case.temperature * (peak - gaps)  # [T, 4] logits of the candidates
     hidden = (weight[candidates] * strength.unsqueeze(2)).sum(1)  # [T, D]; |w|^2 is about 1
     picks = torch.multinomial(
         torch.tensor([0.5, 0.25, 0.15, 0.1]), case.num_rows, True, generator=g

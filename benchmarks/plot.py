@@ -65,9 +65,9 @@ def page(report: dict) -> str:
     method = (
         "Seconds: median of interleaved rounds, forward and backward. Extra GB: peak of live "
         "tensor bytes beyond the inputs, both gradients included, in a run of its own. Errors: rms "
-        f"against fp64 on {report['error_rows']} rows, gradients relative; on a CPU every bf16 product is "
-        "rounded to bf16, which is most of each error. Other CPUs differ (a product may be five "
-        "times faster): compare ratios of one run."
+        f"against fp64 on {report['error_rows']} rows, gradients relative; on a CPU every bf16 "
+        "product is rounded to bf16, which is most of each error. Products may be 5 "
+        "times faster on another CPU: compare ratios of one run."
     )
     lines = [
         f"# Fused loss on a CPU: {report['case']}",
