@@ -1,6 +1,8 @@
 """`python -m benchmarks loss --device cpu`: the fused loss beside its floor and its peers.
 
-Writes `<out>/loss_<device>.json`, `.md` and `.svg`; about four minutes on two cores.
+Writes `<out>/loss_<device>.json`, `.md` and `.svg`; about four minutes on two cores. `quickstart`
+runs the main job over seeds, `record` keeps the result of a finished run, `readme` writes the
+numbers of all result files into README.md.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import plot
+from . import plot, quickstart, readme
 from .baselines import CANDIDATES, Candidate
 from .cases import CASES, Case, make_inputs
 from .timing import errors, exact_result, extra_bytes, machine, measure_seconds, summary
@@ -36,6 +38,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     loss.add_argument("--only", nargs="+", help="keys of candidates, besides products and naive")
     loss.add_argument("--gate", action="store_true", help="exit 1 when a target is missed")
     loss.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    seeds = commands.add_parser("quickstart", help="the main job over seeds beside its rivals")
+    seeds.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    seeds.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
+    seeds.add_argument("--threads", type=int, default=0, help="threads of a run (0: all cores)")
+    seeds.add_argument("--runs", type=Path, default=Path("runs/benchmark_quickstart"))
+    seeds.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    record = commands.add_parser("record", help="keep the result of a finished run")
+    record.add_argument("run", type=Path, help="its folder")
+    record.add_argument("name", choices=sorted(readme.RUNS), help="its config")
+    record.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    commands.add_parser("readme", help="write the numbers of the result files into README.md")
     return parser.parse_args(arguments)
 
 
@@ -65,8 +78,11 @@ def run_loss(options: argparse.Namespace, command: str) -> dict:
         say(f"errors and memory: {candidate.title}")
         truth = truths[candidate.has_entropy_gradient]
         found[candidate.key] = errors(candidate, few, truth, columns)
-        memory[candidate.key] = extra_bytes(candidate, inputs)
-    compile_first(present, inputs)
+        has_floor = candidate.key == "products"  # writes into buffers that exist already
+        memory[candidate.key] = 0 if has_floor else extra_bytes(candidate, inputs)
+    for candidate in (c for c in present if c.key == "one_pass"):
+        say("warm-up: generated code must exist before the clock runs")
+        candidate.step(inputs)
     seconds = measure_seconds(present, inputs, say)
     rows = [report_row(c, seconds, memory, found) for c in candidates]
     products = min(seconds["products"]) / 3
@@ -82,14 +98,6 @@ def run_loss(options: argparse.Namespace, command: str) -> dict:
         "rows": rows,
         "targets": targets({row["key"]: row for row in rows}),
     }
-
-
-def compile_first(candidates: list[Candidate], inputs: object) -> None:
-    """One untimed step of ours, so that generated code exists before the clock runs."""
-    for candidate in candidates:
-        if candidate.key in ("one_pass", "two_pass"):
-            say(f"warm-up: {candidate.title}")
-            candidate.step(inputs)  # type: ignore[arg-type]
 
 
 def report_row(candidate: Candidate, seconds: dict, memory: dict, found: dict) -> dict:
@@ -144,12 +152,38 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def write_json(path: Path, report: dict) -> None:
+    """A result file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def run_quickstart(options: argparse.Namespace, command: str) -> None:
+    """Run what is not finished below ``--runs``; write quickstart.json and print its table."""
+    runs = quickstart.run_all(options.seeds, options.runs, options.jobs, options.threads)
+    report = {"command": command, "machine": machine(), "runs": runs}
+    write_json(options.out / "quickstart.json", report)
+    print(quickstart.table(runs))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run, print the table, write the files; with ``--gate`` 1 when a target is missed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    command = shlex.join(["python", "-m", "benchmarks", *arguments])
+    if options.command == "quickstart":
+        run_quickstart(options, command)
+        return 0
+    if options.command == "record":
+        command = f"torchrun crpo_fast/train.py configs/{options.name}.toml"
+        report = readme.record(options.run, options.name, command, machine())
+        write_json(options.out / f"{options.name}.json", report)
+        return 0
+    if options.command == "readme":
+        readme.write()
+        return 0
     warnings.filterwarnings("ignore", category=FutureWarning)
-    report = run_loss(options, shlex.join(["python", "-m", "benchmarks", *arguments]))
+    report = run_loss(options, command)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"loss_{options.device}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from crpo_fast.config import DEFAULT_CONFIG, load_config
+
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
     "CRPO (M = .06, reference_length = 80)": [],
@@ -22,21 +24,28 @@ VARIANTS = {
     "CRPO, the paper's M = .06 unscaled": [
         "--entropy.reference_length",
         "None",
-        "--entropy.alarm",
-        "False",
+        "--entropy.no-alarm",
     ],
 }
 
 
 def run_one(variant: str, seed: int, folder: Path, threads: int) -> dict[str, Any]:
-    """One run of the quickstart; a finished one is only read."""
-    run_dir = folder / f"{list(VARIANTS).index(variant)}_{seed}"
+    """One run of the quickstart; a finished one is only read.
+
+    The variants differ in CRPO alone, so those after the first start from its cold start's end.
+    """
+    index = list(VARIANTS).index(variant)
+    run_dir = folder / f"{index}_{seed}"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         str(ROOT / "crpo_fast" / "train.py"),
         *("--seed", str(seed), "--run.dir", str(run_dir), "--train.threads", str(threads)),
         *VARIANTS[variant],
     ]
+    if index:
+        steps = load_config(DEFAULT_CONFIG).phases[0].steps
+        start = folder / f"0_{seed}" / "checkpoints" / f"step_{steps}"
+        command += ["--run.resume", str(start)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(
@@ -62,10 +71,13 @@ def run_one(variant: str, seed: int, folder: Path, threads: int) -> dict[str, An
 
 
 def run_all(seeds: list[int], folder: Path, jobs: int, threads: int) -> list[dict[str, Any]]:
-    """All variants and seeds, ``jobs`` at a time."""
+    """All variants and seeds, ``jobs`` seeds at a time."""
+
+    def run_seed(seed: int) -> list[dict[str, Any]]:
+        return [run_one(variant, seed, folder, threads) for variant in VARIANTS]
+
     with ThreadPoolExecutor(jobs) as pool:
-        pending = [pool.submit(run_one, v, s, folder, threads) for s in seeds for v in VARIANTS]
-        return [p.result() for p in pending]
+        return [row for rows in pool.map(run_seed, seeds) for row in rows]
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """The numbers of the README, made from the committed result files: `python -m benchmarks readme`.
 
-Each block stands between `<!-- name -->` and `<!-- /name -->`; a test compares them with this code's output.
+Each block stands between `<!-- name -->` and `<!-- /name -->`; a test compares them with what this
+code makes. `python -m benchmarks record <run>` turns a finished run into a result file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from . import quickstart
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+NOT_MEASURED = "Not measured yet."
+RUNS = {"smollm2_135m_sad": "SAD of IMHI", "smollm2_135m_cpu": "Made-up posts"}
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -23,55 +26,71 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
+def record(run_dir: Path, name: str, command: str, machine: dict[str, Any]) -> dict[str, Any]:
+    """What a finished run of ``configs/<name>.toml`` showed; see ``smollm2_block``."""
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rewards = [r["reward"] for r in map(json.loads, lines) if "reward" in r]
+    size = max(1, len(rewards) // 4)
+    evaluations = json.loads((run_dir / "evaluations.json").read_text(encoding="utf-8"))
+    return {
+        "config": f"configs/{name}.toml",
+        "command": command,
+        "machine": machine,
+        "rows": evaluations["after"]["num_rows"],
+        "summary": summary,
+        "reward_first_quarter": sum(rewards[:size]) / size,
+        "reward_last_quarter": sum(rewards[-size:]) / size,
+    }
+
+
 def quickstart_block() -> str:
     """CRPO beside GRPO and the unscaled magnitude, over seeds."""
     report = load("quickstart")
     if report is None:
-        return "Not measured yet."
-    seeds = sorted({r["seed"] for r in report["runs"]})
+        return NOT_MEASURED
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in report["runs"]})))
+    machine = report["machine"]
     return (
-        f"`{report['command']}`, seeds {', '.join(map(str, seeds))}, {report['machine']['cpu']}, commit "
-        f"{report['machine']['commit']} ([file](benchmarks/results/quickstart.json)); held-out synthetic test split, "
-        "percent, mean +- standard deviation over seeds; before = after the cold start:\n\n"
-        f"{quickstart.table(report['runs'])}\n\n{report['remark']}"
+        f"`{report['command']}`, seeds {seeds}, {machine['cpu']}, commit {machine['commit']}\n"
+        "([file](benchmarks/results/quickstart.json)). Held-out synthetic test split, percent,\n"
+        "mean +- standard deviation over seeds; before = after the cold start.\n\n"
+        f"{quickstart.table(report['runs'])}"
     )
 
 
 def smollm2_block() -> str:
     """The runs of the small pretrained model."""
-    parts = []
-    for name, title in (
-        ("smollm2_135m_sad", "SAD of IMHI"),
-        ("smollm2_135m_cpu", "made-up posts"),
-    ):
-        report = load(name)
-        if report is None:
-            parts.append(f"configs/{name}.toml: not measured yet.")
-            continue
-        summary = report["summary"]
-        rows = [
-            f"| {k} | {summary[k]['weighted_f1']:.1f} | {summary[k]['accuracy']:.1f} | {summary[k]['format_rate']:.1f} |"
-            for k in ("untrained", "before", "after")
-            if k in summary
-        ]
-        first, last = report["reward_quarters"][0], report["reward_quarters"][-1]
-        parts.append(
-            f"{title}: `{report['command']}`, {report['rows']} test posts, {summary['seconds'] / 60:.0f} minutes "
-            f"({report['machine']['cpu']}, {report['conditions']}), mean reward of the first quarter of CRPO steps "
-            f"{first:.3f}, of the last {last:.3f} ([file](benchmarks/results/{name}.json)):\n\n"
-            "| | weighted F1 | accuracy | format |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
-            + f"\n\n{report['remark']}"
-        )
-    return "\n\n".join(parts)
+    return "\n\n".join(_run(name, title) for name, title in RUNS.items())
+
+
+def _run(name: str, title: str) -> str:
+    report = load(name)
+    if report is None:
+        return f"{title} (`configs/{name}.toml`): not measured yet."
+    summary, machine = report["summary"], report["machine"]
+    rows = [
+        f"| {stage} | {s['weighted_f1']:.1f} | {s['accuracy']:.1f} | {s['format_rate']:.1f} |"
+        for stage, s in summary.items()
+        if stage in ("untrained", "before", "after")
+    ]
+    return (
+        f"{title}: `{report['command']}`, {report['rows']} test posts, seed {summary['seed']},\n"
+        f"{summary['seconds'] / 60:.0f} minutes on {machine['cpu']}, commit {machine['commit']}\n"
+        f"([file](benchmarks/results/{name}.json)). Mean reward of the first quarter of CRPO\n"
+        f"steps {report['reward_first_quarter']:.3f}, of the last {report['reward_last_quarter']:.3f}. "
+        "Before = after the cold start; percent.\n\n"
+        "| | weighted F1 | accuracy | format |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
+    )
 
 
 def loss_block() -> str:
     """The page of `python -m benchmarks loss --device cpu`."""
     page = RESULTS / "loss_cpu.md"
     if not page.exists():
-        return "Not measured yet."
-    body = re.sub(r"\A#.*\n+", "", page.read_text(encoding="utf-8")).replace("](loss_", "](benchmarks/results/loss_")
-    return body.strip()
+        return NOT_MEASURED
+    body = re.sub(r"\A#.*\n+", "", page.read_text(encoding="utf-8"))
+    return body.replace("](loss_", "](benchmarks/results/loss_").strip()
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
