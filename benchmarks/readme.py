@@ -78,7 +78,7 @@ def _run(name: str, title: str) -> str:
         f"{title}: `{report['command']}`, {report['rows']} test posts, seed {summary['seed']},\n"
         f"{summary['seconds'] / 60:.0f} minutes on {machine['cpu']}, commit {machine['commit']}\n"
         f"([file](benchmarks/results/{name}.json)). Mean reward of the first quarter of CRPO\n"
-        f"steps {report['reward_first_quarter']:.3f}, of the last {report['reward_last_quarter']:.3f}. "
+        f"steps {report['reward_first_quarter']:.3f}, last {report['reward_last_quarter']:.3f}. "
         "Before = after the cold start; percent.\n\n"
         "| | weighted F1 | accuracy | format |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
     )
