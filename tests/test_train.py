@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crpo_fast import train
+from crpo_fast.alarm import EntropyAlarm, Verdict
+from crpo_fast.stages import StageGrammar
 
 ROOT = Path(__file__).parent.parent
 TINY = str(Path(__file__).with_name("tiny.toml"))
@@ -63,6 +65,12 @@ def test_run_folder(finished: Path) -> None:
         "loss.svg",
     }
     assert (finished / "config.toml").exists()
+
+
+def test_every_stage_tag_is_one_token_of_the_trained_tokenizer(finished: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(finished / "final")
+    for tag in StageGrammar.preset("mental_r1").tags:
+        assert len(tokenizer(tag, add_special_tokens=False).input_ids) == 1, tag
 
 
 def test_final_folder_loads_in_transformers(finished: Path) -> None:
@@ -157,6 +165,24 @@ def test_nan_weights_stop_the_run_with_advice(
     err = capsys.readouterr().err
     assert "not finite" in err
     assert "optim.lr" in err
+
+
+def test_entropy_alarm_saves_and_stops_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explode(self: EntropyAlarm, step: int, entropies: list[float | None]) -> Verdict:
+        assert len(entropies) == 5
+        return Verdict(("stage 'stimulus' grows",), self._message(0, step, 9.0, 0.2, 10.0))
+
+    monkeypatch.setattr(EntropyAlarm, "update", explode)
+    run_dir = tmp_path / "r"
+    assert run(run_dir, "--checkpoint.every", "0") == 1
+    captured = capsys.readouterr()
+    assert "warning: stage 'stimulus' grows" in captured.out
+    assert "at step 5" in captured.err
+    assert "entropy.reference_length" in captured.err
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_5"
+    assert run(tmp_path / "off", "--entropy.no-alarm") == 0
 
 
 @pytest.mark.parametrize(
