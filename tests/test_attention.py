@@ -81,6 +81,24 @@ def test_padded_batches_and_generation_are_those_of_sdpa():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_decoding_equals_a_forward_of_everything(padded):
+    model = built("qwen3")
+    ids = torch.randint(0, 90, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 1 - int(padded)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    past = model(ids[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5])
+    last = model(
+        ids[:, 5:],
+        attention_mask=mask,
+        position_ids=positions[:, 5:],
+        past_key_values=past.past_key_values,
+    ).logits
+    assert (whole[:, 5:] - last).abs().max() < 1e-6  # its softmax is in fp32
+
+
 def test_gradient_checkpointing_changes_nothing():
     model, (ids, positions) = built("llama"), packed()
     model.train()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from crpo_fast.batch import RolloutGroup, SamplingParams
 from crpo_fast.models_build import build_model
@@ -332,6 +333,23 @@ def test_static_samples_do_not_depend_on_the_chunks(model):
     chunks = synced(StaticEngine, model, max_rows=4).generate(PROMPTS, 5, PARAMS, seed=0)
     assert tokens(whole) == tokens(chunks)
     assert largest_error(model, chunks, 1.0) < 1e-5
+
+
+def test_static_buffers_grow(model):
+    params = SamplingParams(80, ())
+    groups = synced(StaticEngine, model).generate(PROMPTS, 2, params, seed=0)
+    assert {len(s.token_ids) for g in groups for s in g.samples} == {80}
+    assert largest_error(model, groups, 1.0) < 1e-5
+
+
+@pytest.mark.parametrize("engine_class", ENGINES)
+def test_sliding_windows_are_kept(engine_class):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("mistral", vocab_size=60, sliding_window=5, **sizes, **heads)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa_packed")
+    groups = synced(engine_class, model).generate(PROMPTS, 2, PARAMS, seed=0)
+    assert largest_error(model, groups, 1.0) < 1e-5
 
 
 def test_static_rows_that_ended_are_dropped(model):

@@ -26,37 +26,39 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Te
     Raises:
         RolloutError: NaN among the logits.
     """
-    greedy = params.temperature == 0.0
-    logprobs = torch.log_softmax(logits if greedy else logits / params.temperature, dim=-1)
-    if torch.isnan(logprobs).any():
+    if params.temperature not in (0.0, 1.0):
+        logits = logits / params.temperature
+    # one pass each: largest, exp, cumulative; rows are as long as the vocabulary
+    largest = logits.amax(-1, keepdim=True)  # [n, 1]
+    masses = (logits - largest).exp_()  # [n, V]
+    cumulative = masses.cumsum(-1)
+    total = cumulative[:, -1:].clone()
+    if torch.isnan(total).any():
         raise RolloutError(
             "logits: expected finite numbers, got NaN. Lower the learning rate, or resume from an "
             "earlier checkpoint with --run.resume PATH."
         )
-    if greedy:
-        tokens = logits.argmax(-1)
+    if params.temperature == 0.0:
+        tokens = logits.argmax(-1, keepdim=True)  # [n, 1]
     else:
-        cumulative = _truncated(logprobs.exp(), params).cumsum(-1)  # [n, V]
-        points = uniforms[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, points, right=True).squeeze(1)
-        # a point rounded up to the total lies behind the last token with any mass
-        tokens = torch.minimum(tokens, cumulative.argmax(-1))
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+        if params.top_k > 0 or params.top_p < 1.0:
+            cumulative = _truncated(masses, params).cumsum(-1)
+        points = uniforms[:, None] * cumulative[:, -1:]  # below the last one: uniforms are below 1
+        tokens = torch.searchsorted(cumulative, points, right=True)
+    logprobs = logits.gather(1, tokens) - largest - total.log()
+    return tokens.squeeze(1), logprobs.squeeze(1)
 
 
-def _truncated(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Zeroes in ``probs`` [n, V] what top_k, then top_p leave out; the rest stays as it is.
+def _truncated(masses: Tensor, params: SamplingParams) -> Tensor:
+    """Zeroes in ``masses`` [n, V] what top_k, then top_p leave out; the rest stays as it is.
 
-    top_p keeps the likeliest tokens up to and including the one that reaches the mass.
+    top_p keeps the likeliest tokens up to and including the one that reaches the share.
     """
-    if params.top_k == 0 and params.top_p == 1.0:
-        return probs
-    order = probs.argsort(dim=-1, descending=True, stable=True)
-    ranked = probs.gather(1, order)
-    if params.top_k:
+    order = masses.argsort(dim=-1, descending=True, stable=True)
+    ranked = masses.gather(1, order)
+    if params.top_k > 0:
         ranked[:, params.top_k :] = 0.0
     if params.top_p < 1.0:
-        mass = ranked / ranked.sum(-1, keepdim=True)
-        before = mass.cumsum(-1) - mass  # of the likelier tokens
-        ranked[before >= params.top_p] = 0.0
-    return torch.zeros_like(probs).scatter(1, order, ranked)
+        before = ranked.cumsum(-1) - ranked  # of the likelier tokens
+        ranked[before >= params.top_p * ranked.sum(-1, keepdim=True)] = 0.0
+    return torch.zeros_like(masses).scatter(1, order, ranked)

@@ -27,6 +27,8 @@ __all__ = ["StaticEngine"]
 
 # Dropping rows copies the cache, so it waits until this share of the rows has ended.
 _DROP_SHARE = 1 / 8
+# Buffers have room for up to so many tokens more; then they are copied to larger ones.
+_ROOM = 32
 
 
 class StaticEngine(EmbeddedEngine):
@@ -85,7 +87,7 @@ class StaticEngine(EmbeddedEngine):
         self, prompts: list[tuple[int, ...]], uniforms: Tensor, params: SamplingParams
     ) -> Iterator[tuple[int, int, float]]:
         """Yields (index of the prompt, token, logprob); ``uniforms`` is [n, max_tokens]."""
-        batch, logits = self._prefill(prompts, params.max_tokens)
+        batch, logits = self._prefill(prompts)
         eos = torch.tensor(params.eos_ids, dtype=torch.long, device=logits.device)
         rows = torch.arange(len(prompts), device=logits.device)  # [n]
         alive = torch.ones_like(rows, dtype=torch.bool)  # [n]
@@ -100,96 +102,107 @@ class StaticEngine(EmbeddedEngine):
             if remaining <= (1 - _DROP_SHARE) * len(rows):
                 batch.select(alive.nonzero().squeeze(1))
                 rows, tokens, alive = rows[alive], tokens[alive], alive[alive]
-            batch.real = pad(batch.real, (0, 1), value=True)
-            logits = self._forward(tokens[:, None], batch)
+            batch.append()
+            logits = self._forward(tokens[:, None], batch.positions, batch.real, batch.cache)
 
-    def _prefill(self, prompts: list[tuple[int, ...]], max_tokens: int) -> tuple[_Batch, Tensor]:
+    def _prefill(self, prompts: list[tuple[int, ...]]) -> tuple[_Batch, Tensor]:
         """Runs each different prompt once; returns a batch of all rows and their logits [n, V]."""
         unique = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         longest, device = max(map(len, unique)), self._model.device
         ids = [[0] * (longest - len(p)) + list(p) for p in unique]
-        real = [[False] * (longest - len(p)) + [True] * len(p) for p in unique]
-        batch = _Batch(
-            cache=_BufferCache(longest + max_tokens - 1),  # the last token is never an input
-            real=torch.tensor(real, device=device),
-            padded=any(len(p) < longest for p in unique),
+        real = torch.tensor(
+            [[False] * (longest - len(p)) + [True] * len(p) for p in unique], device=device
         )
-        logits = self._forward(torch.tensor(ids, device=device), batch)
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        mask = None if bool(real.all()) else real
+        cache = _BufferCache()
+        logits = self._forward(torch.tensor(ids, device=device), positions, mask, cache)
         rows = torch.tensor([unique[p] for p in prompts], device=device)
+        batch = _Batch(cache, real, positions[:, -1:], longest)
         batch.select(rows)
         return batch, logits[rows]
 
-    def _forward(self, ids: Tensor, batch: _Batch) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, real: Tensor | None, cache: Cache) -> Tensor:
         """Appends ``ids`` [n, q] to the cache; returns the last position's fp32 logits [n, V]."""
-        positions = (batch.real.cumsum(1) - 1).clamp(min=0)  # [n, length]
         output = self._model(
             input_ids=ids,
-            position_ids=positions[:, -ids.shape[1] :],
-            attention_mask=batch.real if batch.padded else None,
-            past_key_values=batch.cache,
+            position_ids=positions,
+            attention_mask=real,
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         return output.logits[:, -1].float()
 
 
-class _BufferCache(Cache):
-    """Keys and values of all layers in buffers of fixed length: a new token copies no old one."""
+@dataclass
+class _Batch:
+    """Rows of equal length with room for some more tokens."""
 
-    def __init__(self, capacity: int) -> None:
+    cache: _BufferCache
+    real: Tensor  # [n, capacity] bool; False for padding on the left and room on the right
+    positions: Tensor  # [n, 1], of the newest token
+    length: int
+
+    def select(self, rows: Tensor) -> None:
+        """Selects (or repeats) rows [m] and makes room."""
+        capacity = (self.length // _ROOM + 1) * _ROOM
+        self.cache.select(rows, self.length, capacity)
+        self.real = pad(self.real[rows, : self.length], (0, capacity - self.length))
+        self.positions = self.positions[rows]
+
+    def append(self) -> None:
+        """Counts one more token in every row; the next forward caches it."""
+        if self.length == self.real.shape[1]:
+            self.select(torch.arange(len(self.real), device=self.real.device))
+        self.real[:, self.length] = True
+        self.positions = self.positions + 1
+        self.cache.slot = self.length
+        self.length += 1
+
+
+class _BufferCache(Cache):
+    """Keys and values of all layers in buffers with room: a new token seldom copies the old ones.
+
+    A decoding step sees the whole buffers, and its mask hides the room: products on a CPU want
+    contiguous operands and would copy a view of the filled part in every step.
+    """
+
+    def __init__(self) -> None:
         super().__init__(layers=[])
-        self._capacity = capacity
-        self._buffers: list[list[Tensor]] = []  # [n, heads, capacity, head_dim] each
-        self._lengths: list[int] = []
+        self.slot = 0  # where the next token goes
+        self._buffers: list[list[Tensor]] = []  # keys, values: [n, heads, capacity, head_dim]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Appends [n, heads, q, head_dim]; returns views of everything so far."""
-        states = (key_states, value_states)
+        """Takes the prompts' [n, heads, q, head_dim], later one token's; returns what it sees."""
+        states = [key_states, value_states]
         if layer_idx == len(self._buffers):
-            self._buffers.append([self._empty(x, x.shape[0]) for x in states])
-            self._lengths.append(0)
-        start = self._lengths[layer_idx]
-        end = self._lengths[layer_idx] = start + key_states.shape[2]
-        for buffer, state in zip(self._buffers[layer_idx], states, strict=True):
-            buffer[:, :, start:end] = state
+            self._buffers.append(states)
+        else:
+            for buffer, state in zip(self._buffers[layer_idx], states, strict=True):
+                buffer[:, :, self.slot] = state[:, :, 0]
         keys, values = self._buffers[layer_idx]
-        return keys[:, :, :end], values[:, :, :end]
+        return keys, values
 
-    def _empty(self, like: Tensor, rows: int) -> Tensor:
-        return like.new_empty(rows, like.shape[1], self._capacity, like.shape[3])
-
-    def select(self, rows: Tensor) -> None:
-        """Selects (or repeats) rows [m]; copies the filled part only."""
-        for layer, (buffers, length) in enumerate(zip(self._buffers, self._lengths, strict=True)):
-            chosen = [self._empty(buffer, len(rows)) for buffer in buffers]
-            for new, old in zip(chosen, buffers, strict=True):
+    def select(self, rows: Tensor, length: int, capacity: int) -> None:
+        """Copies the first ``length`` tokens of rows [m] into new buffers."""
+        for buffers in self._buffers:
+            for index, old in enumerate(buffers):
+                # zeros, as what the mask hides must be finite
+                new = old.new_zeros(len(rows), old.shape[1], capacity, old.shape[3])
                 new[:, :, :length] = old[rows, :, :length]
-            self._buffers[layer] = chosen
+                buffers[index] = new
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens cached so far."""
-        return self._lengths[layer_idx] if layer_idx < len(self._lengths) else 0
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Tokens before the ones that come next."""
+        return self.slot
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Position in the cache of the next token."""
-        return self.get_seq_length(layer_idx)
+    def get_query_offset(self, *_: Any, **__: Any) -> int:
+        """Slot of the next token."""
+        return self.slot
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys that ``query_length`` new tokens will see."""
-        return self.get_seq_length(layer_idx) + query_length, 0
-
-
-@dataclass
-class _Batch:
-    """Rows of equal length: what is cached of them, and which of it is no padding."""
-
-    cache: _BufferCache
-    real: Tensor  # [n, length] bool; False on the left
-    padded: bool  # some row is
-
-    def select(self, rows: Tensor) -> None:
-        """Selects (or repeats) rows [m]."""
-        self.real = self.real[rows]
-        self.cache.select(rows)
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+        """Number and offset of the keys that the next tokens see."""
+        return (self._buffers[0][0].shape[2] if self._buffers else query_length), 0
