@@ -10,9 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-COMPILE_ELEMENTS = (
-    1 << 25
-)  # logits of a call above which a compilation of seconds is worth its time
+COMPILE_ELEMENTS = 1 << 27  # logits of a call above which compiling for 20 s is worth its time
 
 
 def uncompiled_reason(hidden: Tensor, num_rows: int, vocab_size: int) -> str | None:

@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +28,9 @@ from torch import Tensor
 from .terms import Coefficients
 
 LOWEST_LOGIT = -1e30  # stands for -inf
+LOG2_E = math.log2(
+    math.e
+)  # torch.exp2 takes a third of torch.exp's time on a CPU; used after a shift
 
 
 @dataclass(frozen=True)
@@ -168,10 +172,12 @@ class EagerRows:
         for rows, z, e in self.blocks(raw.shape[0]):
             view.take(rows).apply_(z.copy_(raw[rows]))
             maximum = torch.amax(z, dim=1, out=parts[1, rows])  # [b]
-            torch.exp(z.sub_(maximum.unsqueeze(1)), out=e)
+            z.sub_(maximum.unsqueeze(1))
             parts[0, rows] = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
+            torch.exp2(z.mul_(LOG2_E), out=e)
             torch.sum(e, dim=1, out=parts[2, rows])
             torch.sum(z.mul_(e), dim=1, out=parts[3, rows])
+        parts[3].div_(LOG2_E)
         return finish_stats(*parts)
 
     def grad_(
@@ -190,7 +196,7 @@ class EagerRows:
             block_view.apply_(z.copy_(raw[rows]))
             capped = None if view.inner is None else block_view.softcap_slope(z)  # [b, V]
             z.sub_(stats.maximum[rows].unsqueeze(1))
-            torch.sub(z, stats.log_sum[rows].unsqueeze(1), out=p).exp_()
+            torch.sub(z, stats.log_sum[rows].unsqueeze(1), out=p).mul_(LOG2_E).exp2_()
             if b is None:
                 dz = p.mul_(a[rows].unsqueeze(1))
             else:
