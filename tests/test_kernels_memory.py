@@ -40,23 +40,23 @@ def extra_bytes(num_rows, vocab, dim, dtype, *, ignored=False, frozen=False, **o
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("workspace", [1 << 20, 4 << 20, 64 << 20])
-@pytest.mark.parametrize("ignored", [False, True])
-def test_extra_memory_is_under_workspace_and_gradients(mode, dtype, workspace, ignored):
-    peak, gradients, accumulator = extra_bytes(
-        2048, 4000, 48, dtype, mode=mode, workspace_bytes=workspace, ignored=ignored
-    )
-    scale = 2 if dtype == torch.float64 else 1
-    assert peak <= workspace + gradients + scale * accumulator
+@pytest.mark.parametrize("workspace", [1 << 20, 6 << 20])
+def test_extra_memory_is_under_workspace_and_gradients(mode, dtype, workspace):
+    for ignored in (False, True):
+        peak, gradients, accumulator = extra_bytes(
+            1024, 3000, 32, dtype, mode=mode, workspace_bytes=workspace, ignored=ignored
+        )
+        scale = 2 if dtype == torch.float64 else 1
+        assert peak <= workspace + gradients + scale * accumulator
 
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 def test_extra_memory_is_flat_in_t_beyond_the_bound(mode):
     """Rows x V never beyond 1024 fp32 rows (D is small): what grows is O(T)."""
-    vocab, dim = 3000, 32
+    vocab, dim = 2000, 32
     small, _, _ = extra_bytes(2048, vocab, dim, torch.float32, mode=mode)
-    large, _, _ = extra_bytes(8192, vocab, dim, torch.float32, mode=mode)
-    per_row = (large - small) / (8192 - 2048)
+    large, _, _ = extra_bytes(4096, vocab, dim, torch.float32, mode=mode)
+    per_row = (large - small) / (4096 - 2048)
     assert per_row < 3 * 4 * dim + 160  # gradients, their copies and vectors, in bytes a row
     assert small < 1024 * vocab * 4 * 1.6
 
@@ -69,7 +69,7 @@ def test_a_dense_loss_needs_several_times_t_v_and_the_counter_sees_it():
 
 
 def test_a_frozen_head_keeps_no_gradient_factors():
-    frozen, gradients, _ = extra_bytes(8192, 3000, 32, torch.float32, frozen=True)
+    frozen, gradients, _ = extra_bytes(4096, 3000, 32, torch.float32, frozen=True)
     assert frozen < 1024 * 3000 * 4 * 1.6 + 3 * gradients
 
 
