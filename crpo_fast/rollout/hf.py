@@ -29,10 +29,11 @@ class HFEngine(EmbeddedEngine):
     Args:
         max_batch_tokens: tokens of one forward: prefill chunks plus one per running sequence. With
             sdpa the attention mask has max_batch_tokens x (tokens in the cache) entries.
-            None: sized from GPU memory.
-        page_size: tokens of one page of the KV cache.
+            None: 1024 on a CPU, sized from free memory on a GPU.
+        page_size: tokens of one page of the KV cache. None: 32 on a CPU, 256 on a GPU (paged flash
+            attention wants a multiple of it).
         max_cache_tokens: bound of the KV cache over all running sequences, in tokens; requests
-            beyond it wait. None: what the request needs (CPU), or sized from GPU memory (GPU).
+            beyond it wait. None: what the request needs on a CPU, 40 % of free memory on a GPU.
     """
 
     renormalises = True
@@ -41,15 +42,16 @@ class HFEngine(EmbeddedEngine):
         self,
         model: nn.Module,
         *,
-        max_batch_tokens: int | None = 1024,
-        page_size: int = 32,
+        max_batch_tokens: int | None = None,
+        page_size: int | None = None,
         max_cache_tokens: int | None = None,
         autocast: torch.dtype | None = None,
         gathered: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__(model, autocast=autocast, gathered=gathered)
-        self._max_batch_tokens = max_batch_tokens
-        self._page_size = page_size
+        on_cpu = self._model.device.type == "cpu"
+        self._max_batch_tokens = max_batch_tokens or (1024 if on_cpu else None)
+        self._page_size = page_size or (32 if on_cpu else 256)
         self._max_cache_tokens = max_cache_tokens
 
     def _complete(
@@ -106,9 +108,8 @@ class HFEngine(EmbeddedEngine):
     def _batching_config(
         self, inputs: list[list[int]], forks: int, params: SamplingParams, seed: int
     ) -> ContinuousBatchingConfig:
-        on_cpu = self._model.device.type == "cpu"
         page, blocks = self._page_size, None
-        if on_cpu or self._max_cache_tokens is not None:  # there is no memory to size it from
+        if self._model.device.type == "cpu" or self._max_cache_tokens is not None:
             lengths = (len(ids) + params.max_tokens for ids in inputs)
             needed = sum(forks * (math.ceil(length / page) + 1) for length in lengths)
             limit = needed if self._max_cache_tokens is None else self._max_cache_tokens // page
@@ -118,11 +119,12 @@ class HFEngine(EmbeddedEngine):
             seed=seed,
             page_size=page,
             num_blocks=blocks,
+            max_memory_percent=0.4,  # training wants the rest; read where blocks is None
             max_batch_tokens=self._max_batch_tokens,
             max_requests_per_batch=len(inputs) * forks,
             auto_switch_to_flash=False,  # the attention of training, no other
-            use_cuda_graph=False if on_cpu else None,
-            use_async_batching=False if on_cpu else None,
+            use_cuda_graph=False,  # sharded weights move between calls
+            use_async_batching=False,
         )
 
 
