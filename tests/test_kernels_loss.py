@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import crpo_kernels as ck
-from crpo_kernels import objective
+from crpo_kernels import dispatch, objective
 from crpo_kernels.spec import ObjectiveSpec
 from numerics import (
     PRESETS,
@@ -560,3 +560,26 @@ def test_the_loss_shares_the_objective(monkeypatch):
     monkeypatch.setattr(objective, "clip_term", doubled)
     after = [run_loss(problem, torch.float64, spec=spec_of("dapo"), **way)[0] for way in WAYS]
     assert all(rel_error(a, b) > 1e-3 for a, b in zip(after, before, strict=True))
+
+
+def test_choices_are_logged_once_with_their_reason(caplog):
+    dispatch._log_once.cache_clear()
+    caplog.set_level("INFO", logger="crpo_kernels")
+    problem = make_problem()
+    gspo, dapo = ObjectiveSpec.preset("gspo"), ObjectiveSpec.preset("dapo")
+    for _ in range(2):
+        run_loss(problem, torch.float32, spec=dapo)
+        run_loss(problem, torch.float32, spec=gspo)
+        run_loss(problem, torch.float32, spec=gspo, workspace_bytes=TINY)
+    assert caplog.messages == [
+        "backend torch, mode one_pass: the coefficients are known before the head runs",
+        "row passes eager: the call has too few logits to pay for a compilation",
+        (
+            "backend torch, mode two_pass: the ratio of gspo is a mean over the whole sequence of this "
+            "call's own logprobs; the logits of all rows fit the workspace and are kept"
+        ),
+        (
+            "backend torch, mode two_pass: the ratio of gspo is a mean over the whole sequence of this "
+            "call's own logprobs; the logits are computed again for the gradient"
+        ),
+    ]

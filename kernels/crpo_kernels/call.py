@@ -136,7 +136,7 @@ class HeadCall:
             needs_weight_grad=self.needs(self.weight),
             is_compiled=eager_reason is None,
         )
-        log_choice(plan.backend, plan.mode, one_pass_reason, eager_reason)
+        log_choice(plan, self.labels.numel(), one_pass_reason, eager_reason)
         self.head = Head(
             rows=self.rows,
             labels=self.labels,

@@ -1,12 +1,11 @@
 """Which backend, which mode, how many rows at once: predicates with a reason, never try and except.
 
-backend   torch   any device: chunks of rows, plain products, row work in torch
-          dense   the oracle: all logits at once, autograd
-mode      one_pass   gradients are made while a chunk's logits are hot; 6NVD operations. Needs every
-                     coefficient before the head runs.
-          two_pass   statistics first, any loss on them, then gradients; 8NVD, or 6NVD where the
-          logits
-                     of all rows fit the workspace and are kept.
+backend   torch      any device: chunks of rows, plain products, row work in torch
+          dense      the oracle: all logits at once, autograd
+mode      one_pass   gradients are made while a chunk's logits are hot; 6NVD operations. Needs
+                     every coefficient before the head runs.
+          two_pass   statistics first, any loss on them, then gradients; 8NVD, or 6NVD where
+                     the logits of all rows fit the workspace and are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import logging
 from functools import lru_cache
 
+from .plan import Plan
 from .spec import ObjectiveSpec, check_choice
 
 logger = logging.getLogger("crpo_kernels")
@@ -55,12 +55,15 @@ def choose_mode(mode: str, reason: str | None) -> str:
     return mode
 
 
-def log_choice(
-    backend: str, mode: str, one_pass_reason: str | None, eager_reason: str | None
-) -> None:
+def log_choice(plan: Plan, num_rows: int, reason: str | None, eager_reason: str | None) -> None:
     """Log each choice once per process, with its reason."""
-    known = "the coefficients are known before the head runs"
-    _log_once(f"backend {backend}, mode {mode}: {one_pass_reason or known}")
+    if plan.mode == "one_pass":
+        why = "the coefficients are known before the head runs"
+    elif plan.chunk_rows >= num_rows:
+        why = f"{reason or 'asked for'}; the logits of all rows fit the workspace and are kept"
+    else:
+        why = f"{reason or 'asked for'}; the logits are computed again for the gradient"
+    _log_once(f"backend {plan.backend}, mode {plan.mode}: {why}")
     kind = "compiled" if eager_reason is None else "eager"
     _log_once(f"row passes {kind}: {eager_reason or 'there is a C++ compiler and enough to do'}")
 
