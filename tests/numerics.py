@@ -11,6 +11,28 @@ import crpo_kernels as ck
 
 PRESETS = ("crpo", "grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo", "sft")
 
+TINY = 12_000  # bytes of workspace: several chunks
+WAYS = [
+    {"backend": "dense"},
+    {"mode": "one_pass"},
+    {"mode": "two_pass"},
+    {"mode": "one_pass", "workspace_bytes": TINY},
+    {"mode": "two_pass", "workspace_bytes": TINY},
+]
+FAST_WAYS = WAYS[1:]
+
+
+def way_id(way):
+    return "-".join(str(v) for v in way.values())
+
+
+def spec_of(preset, **overrides):
+    return ck.ObjectiveSpec.preset(preset, kl_coef=0.05, **overrides)
+
+
+def is_possible(way, preset, on_policy):
+    return not (preset == "gspo" and not on_policy and way.get("mode") == "one_pass")
+
 
 @dataclass
 class Problem:

@@ -13,8 +13,17 @@ from crpo_kernels.rows_compiled import CompiledRows
 from crpo_kernels.rows_torch import EagerRows, LogitView
 from crpo_kernels.spec import ObjectiveSpec
 from crpo_kernels.terms import Coefficients
-from numerics import assert_near, assert_same_result, make_problem, rel_error, run_loss
-from test_kernels_loss import FAST_WAYS, WAYS, spec_of, way_id
+from numerics import (
+    FAST_WAYS,
+    WAYS,
+    assert_near,
+    assert_same_result,
+    make_problem,
+    rel_error,
+    run_loss,
+    spec_of,
+    way_id,
+)
 
 
 def identity_problem(logits, labels):
