@@ -8,6 +8,7 @@ Run.finish     -> final evaluation, export, summary, curves
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -222,7 +223,10 @@ class Phase:
             run.evaluate(f"step_{run.progress.step}")
 
     def _check(self, step: int, metrics: dict[str, float]) -> None:
-        bound = self.run.config.rollout.max_mismatch
+        rollout = self.run.config.rollout
+        bound = rollout.max_mismatch
+        if self.run.session.engine.renormalises:  # its logprobs are of the tokens that top_p keeps
+            bound -= math.log(rollout.top_p)
         if step == self._first and metrics.get("mismatch", 0.0) > bound:
             raise MismatchError(
                 "the engine serves other weights: mean |train - rollout logprob| is "
