@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "record":
         command = f"torchrun crpo_fast/train.py configs/{options.name}.toml"
         report = readme.record(options.run, options.name, command, machine())
-        write_json(options.out / f"{options.name}.json", report)
+        write_json(options.out / f"{options.name}_run.json", report)
         return 0
     if options.command == "readme":
         readme.write()

@@ -1,7 +1,7 @@
 """The numbers of the README, made from the committed result files: `python -m benchmarks readme`.
 
 Each block stands between `<!-- name -->` and `<!-- /name -->`; a test compares them with what this
-code makes. `python -m benchmarks record <run>` turns a finished run into a result file.
+code makes. `python -m benchmarks record <run> <config>` turns a finished run into a result file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from . import quickstart
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "Not measured yet."
-RUNS = {"smollm2_135m_sad": "SAD of IMHI", "smollm2_135m_cpu": "Made-up posts"}
+RUNS = {
+    "quickstart": "The main job",
+    "smollm2_135m_sad": "SAD of IMHI",
+    "smollm2_135m_cpu": "Made-up posts",
+}
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -55,29 +59,30 @@ def quickstart_block() -> str:
         f"`{report['command']}`, seeds {seeds}, {machine['cpu']}, commit {machine['commit']}\n"
         "([file](benchmarks/results/quickstart.json)). Held-out synthetic test split, percent,\n"
         "mean +- standard deviation over seeds; before = after the cold start.\n\n"
-        f"{quickstart.table(report['runs'])}"
+        f"{quickstart.table(report['runs'])}\n\n{_run('quickstart')}"
     )
 
 
 def smollm2_block() -> str:
     """The runs of the small pretrained model."""
-    return "\n\n".join(_run(name, title) for name, title in RUNS.items())
+    return "\n\n".join(_run(name) for name in RUNS if name.startswith("smollm2"))
 
 
-def _run(name: str, title: str) -> str:
-    report = load(name)
+def _run(name: str) -> str:
+    report, title = load(f"{name}_run"), RUNS[name]
     if report is None:
         return f"{title} (`configs/{name}.toml`): not measured yet."
     summary, machine = report["summary"], report["machine"]
     rows = [
         f"| {stage} | {s['weighted_f1']:.1f} | {s['accuracy']:.1f} | {s['format_rate']:.1f} |"
-        for stage, s in summary.items()
-        if stage in ("untrained", "before", "after")
+        for stage, s in ((k, summary.get(k)) for k in ("untrained", "before", "after"))
+        if s is not None
     ]
     return (
         f"{title}: `{report['command']}`, {report['rows']} test posts, seed {summary['seed']},\n"
-        f"{summary['seconds'] / 60:.0f} minutes on {machine['cpu']}, commit {machine['commit']}\n"
-        f"([file](benchmarks/results/{name}.json)). Mean reward of the first quarter of CRPO\n"
+        f"{summary['seconds'] / 60:.1f} minutes with {machine['threads']} thread(s) on "
+        f"{machine['cpu']}, commit {machine['commit']}\n"
+        f"([file](benchmarks/results/{name}_run.json)). Mean reward of the first quarter of CRPO\n"
         f"steps {report['reward_first_quarter']:.3f}, last {report['reward_last_quarter']:.3f}. "
         "Before = after the cold start; percent.\n\n"
         "| | weighted F1 | accuracy | format |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
