@@ -226,16 +226,16 @@ def test_every_reader_agrees(parts):
 
 
 def test_speed(plain):
-    """Target >= 1 M tokens/s on one core; the bound here leaves room for a busy machine."""
+    """At least 1 M tokens/s of one core (CPU time: other processes do not count)."""
     completions = [plain(TEXT * n, add_special_tokens=False)["input_ids"] for n in (1, 1, 1, 4)]
     tokens = sum(map(len, completions))
     best = math.inf
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(20):
             for ids in completions:
                 GRAMMAR.stage_ids(ids, plain)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     rate = 20 * tokens / best
     print(f"{rate:.3g} tokens/s")
     assert rate >= 1e6
