@@ -124,6 +124,13 @@ def all_max(value: int, world: World) -> int:
     return int(tensor)
 
 
+def largest(values: dict[str, float], world: World) -> dict[str, float]:
+    """By name the largest value of any rank; every rank must hold the same names."""
+    tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=world.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return dict(zip(values, tensor.tolist(), strict=True))
+
+
 def all_gather(value: Any, world: World) -> list[Any]:
     """The picklable ``value`` of every rank, in rank order (trusted peers of one run only)."""
     values: list[Any] = [None] * world.size

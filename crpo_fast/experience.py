@@ -12,6 +12,7 @@ from crpo_fast.metrics import Sums
 from crpo_fast.packing import Sequence
 from crpo_fast.rollout import Engine
 from crpo_fast.task import Task
+from crpo_fast.timing import timer
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ def collect(
     """
     sums = Sums()
     prompts = [task.prompt(row) for row in rows]
-    groups = engine.generate([ids for ids, _ in prompts], group_size, params, seed)
+    with timer("generation"):
+        groups = engine.generate([ids for ids, _ in prompts], group_size, params, seed)
     repeated = [row for row in rows for _ in range(group_size)]
     completions = [task.decode(s.token_ids) for g in groups for s in g.samples]
-    table = task.score(repeated, completions)
+    with timer("reward"):
+        table = task.score(repeated, completions)
     weights = None
     if task.balance == "advantage":
         weights = [task.balance_weights.get((r.dataset_id, r.label), 1.0) for r in repeated]

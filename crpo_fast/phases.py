@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from crpo_fast import checkpoint, distributed, models, outcome
+from crpo_fast import checkpoint, distributed, models, outcome, timing
 from crpo_fast.alarm import EntropyAlarm
 from crpo_fast.checkpoint import Progress
 from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.console import Reporter, step_line
+from crpo_fast.distributed import World
 from crpo_fast.evaluate import evaluate
 from crpo_fast.experience import Experience
 from crpo_fast.loss import LossSpec, loss_spec
@@ -85,7 +86,8 @@ class Run:
 
     def phases(self) -> Iterator[Phase]:
         """The phases that are not done, each ready to step."""
-        self.session.engine.sync(self.session.policy.model, self.progress.step)
+        with timing.timer("sync"):
+            self.session.engine.sync(self.session.policy.model, self.progress.step)
         if self.config.eval.untrained:
             self.evaluate("untrained")
         lengths = phase_lengths(self.config)
@@ -112,14 +114,15 @@ class Run:
         task, settings = self.session.task, self.config.eval
         rows = stratified(task.rows.test, 0 if settings.full else settings.limit)
         start = time.monotonic()
-        result = evaluate(
-            task,
-            self.session.engine,
-            rows,
-            self.session.greedy(),
-            self.session.world,
-            batch=settings.batch,
-        )
+        with timing.timer("evaluation"):
+            result = evaluate(
+                task,
+                self.session.engine,
+                rows,
+                self.session.greedy(),
+                self.session.world,
+                batch=settings.batch,
+            )
         self.evaluations[name] = {**result, "step": self.progress.step}
         if self.session.world.is_main:
             self.folder.write_json("evaluations.json", self.evaluations)
@@ -134,9 +137,10 @@ class Run:
         """Write a checkpoint and prune old ones."""
         self.progress = advance(self.progress, seconds=self.seconds)
         model, world = self.session.policy.model, self.session.world
-        checkpoint.save(self.folder.checkpoints, model, optimizer, self.progress, world)
-        if world.is_main:
-            checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
+        with timing.timer("save"):
+            checkpoint.save(self.folder.checkpoints, model, optimizer, self.progress, world)
+            if world.is_main:
+                checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
 
     def finish(self) -> None:
         """Final evaluation, transformers export, summary.json, curves and the closing lines."""
@@ -185,6 +189,7 @@ class Phase:
     def steps(self) -> Iterator[int]:
         """The 0-based steps of the phase that are not done."""
         self._clock, self._first = time.monotonic(), self.run.progress.phase_steps
+        timing.lap()  # the first step's seconds begin here
         yield from range(self._first, self.length)
 
     def finish_step(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
@@ -206,7 +211,8 @@ class Phase:
             caps=caps,
             is_phase_end=False,
         )
-        session.engine.sync(session.policy.model, run.progress.step)
+        with timing.timer("sync"):
+            session.engine.sync(session.policy.model, run.progress.step)
         self._log(step, metrics, batch)
         self._check(step, metrics)
         stopped = distributed.all_max(run.stop.received, session.world)
@@ -254,10 +260,8 @@ class Phase:
         extra = batch.sums.means(lambda x: distributed.all_sum(x.to(world.device)).cpu())
         elapsed = time.monotonic() - self._clock
         done = step + 1 - self._first
-        tokens = torch.tensor(float(sum(map(len, batch.sequences))), device=world.device)
         metrics.update(extra)
-        metrics["tokens"] = float(distributed.all_sum(tokens))
-        metrics["tokens_per_second"] = metrics["tokens"] * done / elapsed
+        metrics.update(_tokens_and_seconds(batch, world))
         metrics["seconds"] = run.seconds
         for k, coef in enumerate(self.loss.stage_coefs):
             metrics[f"stage_coef/{k}"] = coef
@@ -269,6 +273,20 @@ class Phase:
         eta = elapsed / done * (self.length - step - 1)
         line = step_line(self.config.algorithm, step + 1, self.length, metrics, eta)
         run.reporter.step(line, last=step + 1 == self.length)
+
+
+def _tokens_and_seconds(batch: Experience, world: World) -> dict[str, float]:
+    """Token counts of the step over all ranks, and its seconds: of the slowest rank, by part.
+
+    They begin at the previous record: the checkpoint and the evaluation after a step are in the
+    next one.
+    """
+    seconds = timing.lap()
+    seconds = distributed.largest({**seconds, "step": sum(seconds.values())}, world)
+    sampled = sum(len(s.completion_ids) for s in batch.sequences if s.rollout_logprobs is not None)
+    local = torch.tensor([sum(map(len, batch.sequences)), sampled], dtype=torch.float64)
+    tokens, sampled = distributed.all_sum(local.to(world.device)).tolist()
+    return {"tokens": tokens, **timing.rates(seconds, tokens, sampled)}
 
 
 def _start(run: Run, index: int, length: int) -> Phase:
@@ -291,14 +309,16 @@ def _start(run: Run, index: int, length: int) -> Phase:
             floor=entropy.alarm_floor,
         )
     if continues and resume.path is not None:
-        checkpoint.load_model(resume.path, model)
-        checkpoint.load_optimizer(resume.path, model, optimizer)
+        with timing.timer("load"):
+            checkpoint.load_model(resume.path, model)
+            checkpoint.load_optimizer(resume.path, model, optimizer)
         if alarm is not None and "alarm" in run.progress.controllers:
             alarm.load_state_dict(run.progress.controllers["alarm"])
         run.reporter.line(f"resumed from {resume.path} (step {resume.progress.step})")
     else:
         run.progress = advance(run.progress, phase=index, phase_steps=0, controllers={})
-    session.engine.sync(model, run.progress.step)
+    with timing.timer("sync"):
+        session.engine.sync(model, run.progress.step)
     run.reporter.line(
         f"phase {index + 1}/{len(run.config.phases)}: {config.algorithm}, {length} steps"
     )

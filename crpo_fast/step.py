@@ -13,6 +13,7 @@ from crpo_fast.loss import LossSpec, flat_vectors, micro_batch_loss
 from crpo_fast.metrics import Sums
 from crpo_fast.packing import MicroBatch, Sequence, dummy, pack
 from crpo_fast.policy import Policy
+from crpo_fast.timing import timer
 
 
 class NonFiniteError(RuntimeError):
@@ -50,10 +51,11 @@ def micro_batches(
     if reference is None:
         return batches
     options = dict(spec.options)
-    return [
-        b.with_vectors(ref_logprobs=reference.logprobs(b, spec.temperature, **options))
-        for b in batches
-    ]
+    with timer("forward"):
+        return [
+            b.with_vectors(ref_logprobs=reference.logprobs(b, spec.temperature, **options))
+            for b in batches
+        ]
 
 
 def accumulate(policy: Policy, batches: list[MicroBatch], spec: LossSpec) -> tuple[float, Sums]:
@@ -65,8 +67,10 @@ def accumulate(policy: Policy, batches: list[MicroBatch], spec: LossSpec) -> tup
     sums, total = Sums(), 0.0
     for i, batch in enumerate(batches):
         distributed.set_gradient_sync(policy.model, i == len(batches) - 1)
-        loss, stats = micro_batch_loss(policy, batch, spec)
-        loss.backward()
+        with timer("forward"):
+            loss, stats = micro_batch_loss(policy, batch, spec)
+        with timer("backward"):
+            loss.backward()
         total += float(loss.detach())
         _add_stats(sums, stats, batch, spec)
     return total, sums
@@ -87,7 +91,8 @@ def optimizer_step(
     """
     optimizer.zero_grad(set_to_none=True)
     loss, sums = accumulate(policy, batches, spec)
-    norm = distributed.clip_grad_norm(policy.model, max_grad_norm)
+    with timer("optimizer"):
+        norm = distributed.clip_grad_norm(policy.model, max_grad_norm)
     sums.add("loss", loss, 1)  # mean over ranks of dp-scaled losses = the global loss
     metrics = sums.means(lambda x: distributed.all_sum(x.to(policy.world.device)).cpu())
     if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
@@ -96,7 +101,8 @@ def optimizer_step(
             "updated. Lower optim.lr, or look for NaN in the data and the model "
             "(model.compute_dtype float32 helps)."
         )
-    optimizer.step()
+    with timer("optimizer"):
+        optimizer.step()
     return {**metrics, "grad_norm": norm}
 
 

@@ -40,6 +40,7 @@ from crpo_fast.rewards import RewardError  # noqa: E402
 from crpo_fast.rollout import RolloutError  # noqa: E402
 from crpo_fast.step import NonFiniteError, micro_batches, optimizer_step  # noqa: E402
 from crpo_fast.task import build_grammar, load_rewards, order  # noqa: E402
+from crpo_fast.timing import timer  # noqa: E402
 
 
 def train(run: Run) -> None:
@@ -112,7 +113,8 @@ def run(config: Config, world: World, reporter: Reporter) -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     resume = run_folder.resume_point(config, folder)
-    built = session.build(config, world, folder.path)
+    with timer("load"):
+        built = session.build(config, world, folder.path)
     for line in built.describe():
         reporter.line(line)
     try:

@@ -32,7 +32,9 @@ def run(run_dir: Path, *arguments: str, config: str = TINY) -> int:
 def records(run_dir: Path) -> list[dict[str, Any]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     timed = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(timed)} for line in lines
+    ]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,109 @@
+"""Seconds by part: each second in one part, and the same parts in every record of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from crpo_fast import timing, train
+from crpo_fast.timing import IDLE, NAMES, Stopwatch, rates
+
+TINY = str(Path(__file__).with_name("tiny.toml"))
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_second_counts_once_and_names_what_goes_on() -> None:
+    clock = Clock()
+    watch = Stopwatch(clock)
+    clock.now += 1  # other
+    with watch.timer("generation"):
+        clock.now += 2
+        assert (watch.activity, watch.seconds_in_activity) == ("generation", 2)
+        with watch.timer("sync"):
+            clock.now += 4
+            assert (watch.activity, watch.seconds_in_activity) == ("sync", 4)
+        clock.now += 8
+        assert (watch.activity, watch.seconds_in_activity) == ("generation", 14)
+    with watch.timer("forward"):
+        clock.now += 16
+    with watch.timer("backward"):
+        clock.now += 32
+    assert watch.activity == IDLE
+    expected = {"rollout": 10, "sync": 4, "train": 48, "other": 1}
+    assert watch.lap() == {name: expected.get(name, 0) for name in NAMES}
+    assert watch.lap() == dict.fromkeys(NAMES, 0)
+
+
+def test_an_exception_ends_its_timer() -> None:
+    watch = Stopwatch(Clock())
+    with pytest.raises(KeyError), watch.timer("generation"), watch.timer("reward"):
+        raise KeyError
+    assert watch.activity == IDLE
+
+
+def test_a_lap_inside_a_timer_is_charged_to_it() -> None:
+    clock = Clock()
+    watch = Stopwatch(clock)
+    with watch.timer("evaluation"):
+        clock.now += 3
+        assert watch.lap()["eval"] == 3
+        clock.now += 5
+    assert watch.lap()["eval"] == 5
+
+
+def test_an_unknown_activity_is_refused() -> None:
+    with pytest.raises(AssertionError, match="thinking"), timing.timer("thinking"):
+        pass
+
+
+def test_rates() -> None:
+    seconds = {"rollout": 2.0, "train": 0.5, "other": 0.5, "step": 4.0}
+    found = rates(seconds, tokens=100.0, sampled=30.0)
+    assert found == {
+        "seconds/rollout": 2.0,
+        "seconds/train": 0.5,
+        "seconds/other": 0.5,
+        "seconds/step": 4.0,
+        "tokens_per_second": 25.0,
+        "tokens_per_second/train": 200.0,
+        "tokens_per_second/rollout": 15.0,
+    }
+    nothing = rates({"rollout": 0.0, "train": 0.0, "step": 0.0}, 100.0, 0.0)
+    assert nothing["tokens_per_second"] == nothing["tokens_per_second/rollout"] == 0.0
+
+
+def test_every_record_of_a_run_has_every_part(tmp_path: Path) -> None:
+    run_dir = tmp_path / "r"
+    arguments = ["--train.max_steps", "2", "--eval.every", "1"]
+    assert train.main([TINY, "--run.dir", str(run_dir), *arguments]) == 0
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    sft1, sft2, crpo1, crpo2 = map(json.loads, lines)
+    for record in (sft1, sft2, crpo1, crpo2):
+        parts = {name: record[f"seconds/{name}"] for name in NAMES}
+        assert sum(parts.values()) == pytest.approx(record["seconds/step"])  # one rank: exact
+        assert parts["train"] > 0
+        assert parts["sync"] > 0
+        expected = record["tokens"] / record["seconds/step"]
+        assert record["tokens_per_second"] == pytest.approx(expected)
+        expected = record["tokens"] / parts["train"]
+        assert record["tokens_per_second/train"] == pytest.approx(expected)
+    assert sft1["seconds/rollout"] == sft1["seconds/reward"] == 0
+    assert sft1["tokens_per_second/rollout"] == 0
+    assert sft2["seconds/checkpoint"] > 0  # the checkpoint after step 1
+    sampled = crpo1["completions/length"] * 4  # 2 prompts x 2 samples
+    assert crpo1["tokens_per_second/rollout"] == pytest.approx(sampled / crpo1["seconds/rollout"])
+    assert crpo1["seconds/reward"] > 0
+    assert crpo1["seconds/eval"] == 0  # "before" belongs to no step
+    assert crpo2["seconds/eval"] > 0  # the evaluation after step 3
+    assert sft1["seconds"] < sft2["seconds"] < crpo1["seconds"] < crpo2["seconds"]
