@@ -103,6 +103,7 @@ class _Counts:
     present: Tensor  # [S] fp64, sequences with each stage
     stage_tokens: Tensor  # [S] fp64
     group_tokens: Tensor | None  # [groups] fp64, of bnpo
+    without_logprobs: int  # sequences whose engine gave no logprobs
 
 
 def flat_vectors(
@@ -117,24 +118,24 @@ def flat_vectors(
     """Per-token vectors [N] over the completion tokens of this rank's sequences, in rollout order.
 
     Args:
-        sequences: this rank's sequences; with ``bnpo`` every rank must hold equally many.
+        sequences: this rank's sequences: any number, none included, and any may have an empty
+            completion. All ranks' sequences in rank order are the order of ``bnpo``'s groups.
         spec: the phase's loss.
-        all_sum: sums a tensor over ranks (called once).
+        all_sum: sums a tensor over ranks (called once, with ``bnpo`` twice).
         rank: position among the data-parallel ranks.
         world_size: number of data-parallel ranks; the weights carry it.
         dtype: of the result; the weights are computed in fp64.
 
     Returns:
-        token_weights, entropy_weights, advantages, rollout_logprobs (None where not used),
-        stage_ids.
+        token_weights, entropy_weights, advantages, rollout_logprobs (None where not used, on all
+        ranks alike), stage_ids.
     """
     lengths = torch.tensor([len(s.completion_ids) for s in sequences], dtype=torch.long)  # [B]
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths.tolist())], dtype=torch.int32)
     stage_ids = torch.tensor([k for s in sequences for k in s.stage_ids], dtype=torch.long)  # [N]
     group_ids, num_groups = None, 0
     if spec.aggregation == "bnpo":
-        group_ids = (rank * len(sequences) + torch.arange(len(sequences))) // spec.group  # [B]
-        num_groups = -(-world_size * len(sequences) // spec.group)
+        group_ids, num_groups = _groups(len(sequences), spec.group, all_sum, rank, world_size)
     counts = _counts(sequences, len(spec.stage_coefs), group_ids, num_groups, all_sum)
     token_weights = aggregation_weights(
         torch.ones(int(lengths.sum()), dtype=torch.float64),
@@ -154,9 +155,24 @@ def flat_vectors(
         "token_weights": (token_weights * world_size).to(dtype),
         "entropy_weights": entropy_weights,
         "advantages": advantages.repeat_interleave(lengths).to(dtype),
-        "rollout_logprobs": _rollout_logprobs(sequences, dtype),
+        "rollout_logprobs": None if counts.without_logprobs else _logprobs(sequences, dtype),
         "stage_ids": stage_ids,
     }
+
+
+def _groups(
+    count: int, size: int, all_sum: Callable[[Tensor], Tensor], rank: int, world_size: int
+) -> tuple[Tensor, int]:
+    """([B] group of each of this rank's sequences, number of groups).
+
+    A sequence's group is its index among those of all ranks // ``size``, so that it does not depend
+    on how many each rank holds.
+    """
+    held = torch.zeros(world_size, dtype=torch.float64)
+    held[rank] = count
+    held = all_sum(held).long()
+    first = int(held[:rank].sum())
+    return (first + torch.arange(count)) // size, -(-int(held.sum()) // size)
 
 
 def _counts(
@@ -174,10 +190,13 @@ def _counts(
     group_tokens = torch.zeros(num_groups, dtype=torch.float64)
     if group_ids is not None:
         group_tokens.index_add_(0, group_ids, torch.tensor(lengths, dtype=torch.float64))
-    local = torch.tensor([sum(lengths), len(lengths), *present, *stage_tokens], dtype=torch.float64)
-    total = all_sum(torch.cat([local, group_tokens]))  # [2 + 2S + groups]
-    tokens, number, present, stage_tokens, group_tokens = total.split(
-        [1, 1, num_stages, num_stages, num_groups]
+    without = sum(s.rollout_logprobs is None and bool(s.completion_ids) for s in sequences)
+    local = torch.tensor(
+        [sum(lengths), len(lengths), without, *present, *stage_tokens], dtype=torch.float64
+    )
+    total = all_sum(torch.cat([local, group_tokens]))  # [3 + 2S + groups]
+    tokens, number, without, present, stage_tokens, group_tokens = total.split(
+        [1, 1, 1, num_stages, num_stages, num_groups]
     )
     return _Counts(
         tokens=int(tokens),
@@ -185,6 +204,7 @@ def _counts(
         present=present,
         stage_tokens=stage_tokens,
         group_tokens=group_tokens if num_groups else None,
+        without_logprobs=int(without),
     )
 
 
@@ -205,9 +225,7 @@ def _entropy_weights(
     )
 
 
-def _rollout_logprobs(sequences: list[Sequence], dtype: torch.dtype) -> Tensor | None:
-    if any(s.rollout_logprobs is None for s in sequences):
-        return None
+def _logprobs(sequences: list[Sequence], dtype: torch.dtype) -> Tensor:
     values = [x for s in sequences for x in s.rollout_logprobs or ()]
     return torch.tensor(values, dtype=dtype)  # [N], empty on a rank without a sequence
 

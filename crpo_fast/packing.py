@@ -8,6 +8,9 @@ layout:
 
     packed   one row of T tokens, position_ids restart at 0, no attention mask
     padded   one sequence a row, right padded to the longest of the micro-batch (T = rows * longest)
+
+A completion may be empty (a truncated one that is kept out of the loss): it counts as a sequence in
+every denominator, has no rows, and is in no micro-batch.
 """
 
 from __future__ import annotations
@@ -21,13 +24,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One prompt with one completion; ``stage_ids`` per completion token, -1 = none."""
+    """One prompt with one completion, which may be empty.
+
+    Attributes:
+        prompt_ids: at least one id.
+        completion_ids: what the loss is about; empty: the sequence counts, but adds nothing.
+        stage_ids: per completion token, -1 = none.
+        rollout_logprobs: per completion token, nats.
+        advantage: of the whole completion.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     stage_ids: list[int]
     rollout_logprobs: list[float] | None = None
     advantage: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Vectors of other lengths would give a token the values of another one."""
+        count, logprobs = len(self.completion_ids), self.rollout_logprobs
+        aligned = len(self.stage_ids) == count and (logprobs is None or len(logprobs) == count)
+        assert aligned, f"{count} completion ids, {len(self.stage_ids)} stage ids, {logprobs=}"
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -105,10 +122,11 @@ def assign(lengths: list[int], token_budget: int, *, layout: str) -> list[list[i
 def pack(
     sequences: list[Sequence], token_budget: int, *, layout: str = "packed", pad_id: int = 0
 ) -> list[MicroBatch]:
-    """Micro-batches that hold every sequence exactly once.
+    """Micro-batches that hold every sequence with a completion token exactly once.
 
     Args:
-        sequences: this rank's sequences in rollout order.
+        sequences: this rank's sequences in rollout order; none, or empty completions alone, make no
+            micro-batch.
         token_budget: most tokens of one micro-batch (padding included).
         layout: "packed" or "padded".
         pad_id: any valid token id; its rows are ignored.
@@ -116,18 +134,21 @@ def pack(
     if layout not in ("packed", "padded"):
         raise ValueError(f"layout: expected packed or padded, got {layout!r}.")
     for i, sequence in enumerate(sequences):
-        if not sequence.prompt_ids or not sequence.completion_ids:
-            raise ValueError(
-                f"sequences[{i}]: expected at least one prompt and one completion token."
-            )
+        if not sequence.prompt_ids:
+            raise ValueError(f"sequences[{i}]: expected at least one prompt token, got none.")
     offsets = [0, *itertools.accumulate(len(s.completion_ids) for s in sequences)]
-    bins = assign([len(s) for s in sequences], token_budget, layout=layout)
+    pairs = list(zip(sequences, offsets[:-1], strict=True))
+    pairs = [(s, offset) for s, offset in pairs if s.completion_ids]
+    bins = assign([len(s) for s, _ in pairs], token_budget, layout=layout)
     build = _packed if layout == "packed" else _padded
-    return [build([sequences[i] for i in b], [offsets[i] for i in b], pad_id) for b in bins]
+    return [build([pairs[i][0] for i in b], [pairs[i][1] for i in b], pad_id) for b in bins]
 
 
 def dummy(layout: str = "packed", pad_id: int = 0) -> MicroBatch:
-    """Two prompt tokens and no row, for ranks with fewer micro-batches than the others."""
+    """Two prompt tokens and no row, for ranks with fewer micro-batches than the others.
+
+    Its backward adds zeros; what it is there for are the collectives of forward and backward.
+    """
     ids, none = torch.full((1, 2), pad_id), torch.empty(0, dtype=torch.long)
     return MicroBatch(
         input_ids=ids,

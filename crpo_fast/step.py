@@ -29,10 +29,10 @@ def micro_batches(
     layout: str,
     reference: Policy | None = None,
 ) -> list[MicroBatch]:
-    """This rank's micro-batches with all their vectors; equally many on every rank.
+    """This rank's micro-batches with all their vectors; at least one, equally many on every rank.
 
-    Ranks with fewer sequences get dummy micro-batches, whose gradients are zero, so that the
-    collectives of forward and backward stay in step.
+    Ranks with fewer sequences (or none) get dummy micro-batches, whose gradients are zero, so that
+    the collectives of forward and backward stay in step and every rank has every metric.
     """
     world = policy.world
     flat = flat_vectors(
@@ -45,7 +45,7 @@ def micro_batches(
     )
     batches = [b.attach(**flat) for b in pack(sequences, token_budget, layout=layout)]
     empty = {name: None if v is None else v[:0] for name, v in flat.items()}
-    missing = distributed.all_max(len(batches), world) - len(batches)
+    missing = max(1, distributed.all_max(len(batches), world)) - len(batches)
     batches += [dummy(layout).attach(**empty) for _ in range(missing)]
     batches = [b.to(world.device) for b in batches]
     if reference is None:
@@ -113,7 +113,11 @@ def _add_stats(sums: Sums, stats: Any, batch: MicroBatch, spec: LossSpec) -> Non
     stage_ids, entropy = batch.vectors["stage_ids"], stats.entropy
     for k in range(len(spec.stage_coefs)):
         mask = stage_ids == k
-        sums.add(f"stage_entropy/{k}", torch.where(mask, entropy, 0).sum(), mask.sum())
+        sums.add(
+            f"stage_entropy/{k}", torch.where(mask, entropy, 0).sum(dtype=torch.float64), mask.sum()
+        )
     rollout: Tensor | None = batch.vectors.get("rollout_logprobs")
     if rollout is not None:
-        sums.add("mismatch", (stats.logprobs - rollout).abs().sum(), rollout.numel())
+        sums.add(
+            "mismatch", (stats.logprobs - rollout).abs().sum(dtype=torch.float64), rollout.numel()
+        )

@@ -122,7 +122,61 @@ def test_weights_carry_the_ranks_and_the_global_counts() -> None:
         assert torch.allclose(one[name], both[name], rtol=1e-7)
 
 
+def many(lengths: list[int]) -> list[Sequence]:
+    return [Sequence([1], [2] * n, [0] * n, [-1.0] * n) for n in lengths]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token_mean", [1 / 6] * 6),
+        ("sequence_mean", [1 / 20] * 4 + [1 / 5, 1 / 5]),  # an empty one counts
+        ("constant", [1 / 50] * 6),
+        # groups of 2: [0, 4], [0, 0], [1, 1] hold 4, 0 and 2 tokens; the empty one counts
+        ("bnpo", [1 / 12] * 4 + [1 / 6] * 2),
+    ],
+)
+def test_empty_completions_count_as_sequences(aggregation: str, expected: list[float]) -> None:
+    spec = LossSpec(ObjectiveSpec.preset("crpo"), aggregation, (0.3,), max_length=10, group=2)
+    lengths = [0, 4, 0, 0, 1, 1] if aggregation == "bnpo" else [0, 4, 0, 1, 1]
+    flat = flat_vectors(many(lengths), spec, all_sum=same)
+    assert flat["token_weights"].tolist() == pytest.approx(expected)
+    shares = [0.3 / len(lengths) / n for n in (4, 4, 4, 4, 1, 1)]
+    assert flat["entropy_weights"].tolist() == pytest.approx(shares)
+    assert flat["rollout_logprobs"].numel() == flat["advantages"].numel() == 6
+
+
+def test_bnpo_groups_do_not_depend_on_how_many_sequences_a_rank_holds() -> None:
+    """Groups of 3 over ranks that hold 4, 0, 1 and 2 sequences: 0 1 2 | 3 4 5 | 6."""
+    spec = LossSpec(ObjectiveSpec.preset("grpo"), "bnpo", (), group=3)
+    lengths, held = [2, 0, 3, 1, 4, 1, 2], [4, 0, 1, 2]
+    whole = flat_vectors(many(lengths), spec, all_sum=same)["token_weights"]
+    assert whole.tolist() == pytest.approx([1 / 15] * 5 + [1 / 18] * 6 + [1 / 6] * 2)
+    parts = []
+    for rank in range(4):
+        mine = lengths[sum(held[:rank]) : sum(held[: rank + 1])]
+        answers = [torch.tensor(held), torch.tensor([13, 7, 0, 5, 6, 2])]  # tokens, sequences, ...
+        flat = flat_vectors(
+            many(mine),
+            spec,
+            all_sum=lambda x, answers=answers: answers.pop(0).to(x),
+            rank=rank,
+            world_size=4,
+        )
+        parts.append(flat["token_weights"] / 4)
+    assert torch.allclose(torch.cat(parts), whole, rtol=1e-6)
+
+
+def test_logprobs_that_one_rank_lacks_are_used_on_none() -> None:
+    spec = LossSpec(ObjectiveSpec.preset("grpo"), "token_mean", ())
+    assert flat_vectors(many([2]), spec, all_sum=same)["rollout_logprobs"].tolist() == [-1.0] * 2
+    lacking = flat_vectors(many([2]), spec, all_sum=lambda x: x + 1)  # another rank has one without
+    assert lacking["rollout_logprobs"] is None
+    empty = [*many([2]), Sequence([1], [], [])]
+    assert flat_vectors(empty, spec, all_sum=same)["rollout_logprobs"] is not None
+
+
 def test_rank_without_a_sequence() -> None:
     spec = LossSpec(ObjectiveSpec.preset("crpo"), "sequence_mean", (-0.1, 0.3))
-    flat = flat_vectors([], spec, all_sum=lambda x: x + 3, rank=1, world_size=2)
+    flat = flat_vectors([], spec, all_sum=lambda x: 3 * x, rank=1, world_size=2)
     assert all(v is not None and v.numel() == 0 for v in flat.values())

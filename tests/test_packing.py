@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from crpo_fast.packing import Sequence, assign, dummy, pack
 
-shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12)
+shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=0, max_size=12)
 
 
 def make(shape: list[tuple[int, int]]) -> list[Sequence]:
@@ -50,6 +50,23 @@ def test_packed_by_hand() -> None:
     attached = batch.attach(w=torch.tensor([0.1, 0.2, 0.3]), none=None)
     assert attached.vectors["w"].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert "none" not in attached.vectors
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_empty_completions_are_in_no_micro_batch(layout: str) -> None:
+    full, empty = make([(2, 1), (3, 0), (1, 2), (20, 0)]), make([(5, 0)])
+    (batch,) = pack(full, 6, layout=layout)  # the longest prompt alone is over the budget
+    assert batch.labels.tolist() == [3, 8, 9]
+    assert batch.source.tolist() == [0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 1, 3]
+    assert pack(empty, 6, layout=layout) == pack([], 6, layout=layout) == []
+
+
+def test_vectors_of_another_length_are_refused() -> None:
+    with pytest.raises(AssertionError, match="2 completion ids, 1 stage ids"):
+        Sequence([1], [2, 3], [0])
+    with pytest.raises(AssertionError, match=r"logprobs=\[-1.0\]"):
+        Sequence([1], [], [], [-1.0])
 
 
 def test_padded_by_hand() -> None:
