@@ -1,8 +1,8 @@
 """Group-relative advantages.
 
     group_std   A = (r - mean_group) / (std_group + eps)      the paper's; std unbiased, eps = 1e-4
-    batch_std   A = (r - mean_group) / (std_batch + eps)      std of all rewards that are handed
-    over none        A =  r - mean_group                           Dr.GRPO
+    batch_std   A = (r - mean_group) / (std_batch + eps)      std of all rewards of all ranks
+    none        A =  r - mean_group                           Dr.GRPO
 
 All samples of a prompt share one balance weight, so under ``group_std`` it cancels wherever their
 formats agree; ``weights`` multiplies the finished advantage instead (config: rewards.balance =
@@ -24,8 +24,12 @@ def group_advantages(
     scale: str = "group_std",
     eps: float = 1e-4,
     weights: Sequence[float] | None = None,  # [P * G]
+    batch: Sequence[float] | None = None,
 ) -> list[float]:
     """Advantages [P * G] in fp64.
+
+    ``batch`` are the rewards that ``batch_std`` is of, those of all ranks in any order; None: these
+    here are all that there are.
 
     A reward that is not finite has no part in any mean or std, and its sample gets advantage 0
     (count them with `num_unusable`). A group whose rewards are all equal, or with fewer than two
@@ -36,7 +40,7 @@ def group_advantages(
     """
     _check(rewards, group_size, scale, weights)
     groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
-    batch_std = _std(_usable(rewards)) if scale == "batch_std" else 0.0
+    batch_std = _std(_usable(rewards if batch is None else batch)) if scale == "batch_std" else 0.0
     advantages = []
     for group in groups:
         usable = _usable(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ def collect(
     params: SamplingParams,
     seed: int,
     scale: str,
+    all_rewards: Callable[[list[float]], list[float]] = list,
 ) -> Experience:
     """Sample ``group_size`` completions per row and turn them into sequences with advantages.
 
@@ -44,6 +46,7 @@ def collect(
         params: of the sampling.
         seed: of the sampling, a function of the run's seed, the step and the rank.
         scale: of the advantages.
+        all_rewards: this rank's rewards -> those of all ranks; called by ``batch_std`` alone.
     """
     sums = Sums()
     prompts = [task.prompt(row) for row in rows]
@@ -56,7 +59,10 @@ def collect(
     weights = None
     if task.balance == "advantage":
         weights = [task.balance_weights.get((r.dataset_id, r.label), 1.0) for r in repeated]
-    advantages = group_advantages(table.total, group_size, scale=scale, weights=weights)
+    batch = all_rewards(table.total) if scale == "batch_std" else None
+    advantages = group_advantages(
+        table.total, group_size, scale=scale, weights=weights, batch=batch
+    )
     sequences = _sequences(task, groups, advantages)
     _add_rewards(sums, table, group_size)
     for _, truncated in prompts:

@@ -92,6 +92,7 @@ def gather(run: Run, phase: PhaseConfig, step: int) -> Experience:
         params=run.session.sampling(),
         seed=_seed(config.seed, step, world.rank),
         scale=config.advantages.scale,
+        all_rewards=lambda mine: [r for rs in distributed.all_gather(mine, world) for r in rs],
     )
 
 

@@ -32,6 +32,17 @@ def test_batch_std_and_none_by_hand():
     assert group_advantages(rewards, 2, scale="none") == [0.5, -0.5, 1.0, -1.0]
 
 
+def test_batch_std_is_that_of_all_ranks():
+    rewards = [1.0, 0.0, 5.0, 3.0, math.nan, 2.0]
+    whole = group_advantages(rewards, 2, scale="batch_std")
+    parts = [
+        group_advantages(mine, 2, scale="batch_std", batch=rewards[::-1])
+        for mine in (rewards[:4], rewards[4:])
+    ]
+    assert parts[0] + parts[1] == whole
+    assert group_advantages(rewards[:4], 2, scale="batch_std") != whole[:4]
+
+
 @settings(deadline=None)  # the first call of torch is slow
 @given(
     st.integers(2, 5).flatmap(
