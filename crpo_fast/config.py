@@ -163,7 +163,10 @@ class AdvantagesConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Overrides of the algorithm's preset (ObjectiveSpec of the kernels); None keeps its value."""
+    """Overrides of the algorithm's preset (ObjectiveSpec of the kernels); None keeps its value.
+
+    ``rho_mode``: truncate (at most ``rho_cap``) | mask (0 outside ``rho_floor`` .. ``rho_cap``).
+    """
 
     clip_low: float | None = None
     clip_high: float | None = None
@@ -171,6 +174,7 @@ class ObjectiveConfig:
     kl_estimator: str | None = None
     rho_mode: str | None = None
     rho_cap: float | None = None
+    rho_floor: float | None = None
     aggregation: str | None = None
     bnpo_group: int = 4  # samples per group of the bnpo mean: the paper's device batch
 
@@ -191,7 +195,12 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """``max_steps`` caps each phase (0: no cap); ``token_budget``: most tokens of a micro-batch."""
+    """``max_steps`` caps each phase (0: no cap); ``token_budget``: most tokens of a micro-batch.
+
+    ``updates_per_rollout``: optimizer updates of one step of the loop, each on one of the
+    ``minibatches`` (0: as many as updates) into which the groups of the rollout are split.
+    ``max_nonfinite``: skipped updates in a row (loss or gradient not finite) that end the run.
+    """
 
     max_steps: int = 0
     token_budget: int = 4096
@@ -199,6 +208,9 @@ class TrainConfig:
     workspace_mib: int | None = None
     loss_backend: str = "auto"
     threads: int = 0  # 0: all cores divided by the ranks of this machine
+    updates_per_rollout: int = 1
+    minibatches: int = 0
+    max_nonfinite: int = 3
 
 
 @dataclass(frozen=True)

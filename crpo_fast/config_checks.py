@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ def check(config: Config) -> None:
         _choice("objective.aggregation", config.objective.aggregation, AGGREGATIONS)
     _check_data(config)
     _check_rollout(config)
+    _check_correction(config)
+    _check_updates(config)
     _check_phases(config)
     weights, functions = config.rewards.weights, config.rewards.functions
     if weights and len(weights) != len(functions):
@@ -99,11 +102,6 @@ def _check_rollout(config: Config) -> None:
         )
     if not 0 < rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p: expected a number in (0, 1], got {rollout.top_p}.")
-    if config.objective.rho_mode and (rollout.top_p < 1 or rollout.top_k > 0):
-        raise ConfigError(
-            "objective.rho_mode: the correction needs untruncated sampling, got top_p "
-            f"{rollout.top_p}, top_k {rollout.top_k}. Type --rollout.top_p 1 --rollout.top_k 0."
-        )
     _positive(
         rollout__prompts_per_step=rollout.prompts_per_step,
         rollout__max_tokens=rollout.max_tokens,
@@ -116,6 +114,67 @@ def _check_rollout(config: Config) -> None:
             f"train.token_budget: expected at least one sequence, {longest} tokens "
             f"(data.max_prompt_tokens + rollout.max_tokens), got {train.token_budget}. Type "
             f"--train.token_budget {longest}."
+        )
+
+
+def _check_correction(config: Config) -> None:
+    objective, rollout = config.objective, config.rollout
+    mode, cap, floor = objective.rho_mode, objective.rho_cap, objective.rho_floor
+    if mode is None:
+        for name, value in (("rho_cap", cap), ("rho_floor", floor)):
+            if value is not None:
+                raise ConfigError(
+                    f"objective.{name}: expected objective.rho_mode with it, got {value} alone. "
+                    "Type --objective.rho_mode truncate (or mask)."
+                )
+        return
+    _choice("objective.rho_mode", mode, ("truncate", "mask"))
+    if floor is not None and mode != "mask":
+        raise ConfigError(
+            f"objective.rho_floor: expected objective.rho_mode mask with it, got {mode!r}. Type "
+            "--objective.rho_mode mask."
+        )
+    if cap is not None and not 1 <= cap < math.inf:
+        raise ConfigError(
+            f"objective.rho_cap: expected a finite number of at least 1, got {cap}. Without any "
+            "mismatch rho is 1; type --objective.rho_cap 2."
+        )
+    if floor is not None and not 0 <= floor <= 1:
+        raise ConfigError(
+            f"objective.rho_floor: expected a number in [0, 1], got {floor}. Without any mismatch "
+            "rho is 1; type --objective.rho_floor 0.5."
+        )
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        raise ConfigError(
+            "objective.rho_mode: the correction needs untruncated sampling, got top_p "
+            f"{rollout.top_p}, top_k {rollout.top_k}. Type --rollout.top_p 1 --rollout.top_k 0."
+        )
+
+
+def _check_updates(config: Config) -> None:
+    train, prompts = config.train, config.rollout.prompts_per_step
+    _positive(
+        train__updates_per_rollout=train.updates_per_rollout,
+        train__max_nonfinite=train.max_nonfinite,
+    )
+    if train.minibatches < 0:
+        raise ConfigError(
+            "train.minibatches: expected 0 (as many as train.updates_per_rollout) or more, got "
+            f"{train.minibatches}."
+        )
+    updates, minibatches = train.updates_per_rollout, train.minibatches
+    minibatches = minibatches or updates
+    if updates % minibatches:
+        raise ConfigError(
+            f"train.minibatches: expected a divisor of train.updates_per_rollout = {updates}, so "
+            f"that every group is used equally often, got {minibatches}. Type "
+            f"--train.updates_per_rollout {minibatches * -(-updates // minibatches)}."
+        )
+    if prompts % minibatches:
+        raise ConfigError(
+            f"rollout.prompts_per_step: expected a multiple of {minibatches} minibatches "
+            f"(train.minibatches), got {prompts}. Type --rollout.prompts_per_step "
+            f"{minibatches * -(-prompts // minibatches)}."
         )
 
 

@@ -93,7 +93,7 @@ def step_line(phase: str, done: int, total: int, metrics: dict[str, Any], eta: f
         stages = [v for k, v in sorted(metrics.items()) if k.startswith("stage_entropy/")]
         if stages:
             parts.append("stage entropy " + " ".join(f"{v:.2f}" for v in stages))
-        parts.append(f"kl {metrics['kl']:.4f}  clip {metrics['is_clipped']:.3f}")
+        parts.append(f"kl {metrics['kl']:.4f}  clip {metrics['clip_fraction']:.3f}")
     parts.append(f"grad {metrics['grad_norm']:.2f}")
     parts.append(f"{metrics['tokens_per_second']:,.0f} tok/s")
     parts.append(f"eta {duration(eta)}")

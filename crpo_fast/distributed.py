@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import sys
@@ -33,6 +34,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -227,9 +229,16 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
-    """Clip in place; returns the global L2 norm before clipping."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    """Clip in place; returns the global L2 norm before clipping.
+
+    Where it is not finite the gradients stay as they are, to be looked at.
+    """
+    parameters = list(model.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if math.isfinite(value):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return value
 
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -37,6 +37,11 @@ AGGREGATION = {
     "cispo": "token_mean",
 }
 
+_OVERRIDES = (
+    *("clip_low", "clip_high", "kl_coef", "kl_estimator"),
+    *("rho_mode", "rho_cap", "rho_floor"),
+)
+
 
 @dataclass(frozen=True)
 class LossSpec:
@@ -73,7 +78,7 @@ def loss_spec(config: Config, phase: PhaseConfig, stage_coefs: list[float]) -> L
     """The phase's algorithm with the config's overrides; the entropy term belongs to crpo alone."""
     overrides = {
         name: getattr(config.objective, name)
-        for name in ("clip_low", "clip_high", "kl_coef", "kl_estimator", "rho_mode", "rho_cap")
+        for name in _OVERRIDES
         if getattr(config.objective, name) is not None
     }
     is_sft = phase.algorithm == "sft"
@@ -242,6 +247,7 @@ def micro_batch_loss(policy: Any, batch: MicroBatch, spec: LossSpec) -> tuple[Te
             advantages=v.get("advantages") if spec.objective.policy != "sft" else None,
             token_weights=v["token_weights"],
             entropy_weights=v.get("entropy_weights"),
+            old_logprobs=v.get("old_logprobs"),
             rollout_logprobs=v.get("rollout_logprobs") if spec.objective.rho_mode else None,
             ref_logprobs=v.get("ref_logprobs"),
             spec=spec.objective,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +14,81 @@ from torch import Tensor
 
 
 class Sums:
-    """Sums and counts by name. Averages are formed once, after the reduction over ranks."""
+    """Means as (sum, count) pairs, totals, and extremes, by name.
+
+    Averages are formed once, after the reduction over ranks and over the updates of a step.
+    """
 
     def __init__(self) -> None:
         self._pairs: dict[str, list[float]] = {}
+        self._totals: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}  # a minimum as the maximum of the negative values
 
     def add(self, name: str, total: float | Tensor, count: float | Tensor) -> None:
-        """Add ``total`` over ``count`` things to ``name``."""
+        """Add ``total`` over ``count`` things to the mean ``name``."""
         pair = self._pairs.setdefault(name, [0.0, 0.0])
         pair[0] += float(total)
         pair[1] += float(count)
 
-    def means(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Global means; every rank must hold the same names. A count of 0 gives 0."""
-        names = sorted(self._pairs)
-        values = torch.tensor([self._pairs[n] for n in names], dtype=torch.float64).reshape(-1, 2)
-        reduced = all_sum(values)
-        return {n: float(t / c) if c else 0.0 for n, (t, c) in zip(names, reduced, strict=True)}
+    def add_total(self, name: str, value: float) -> None:
+        """Add ``value`` to the total ``name``, which is never divided."""
+        self._totals[name] = self._totals.get(name, 0.0) + float(value)
+
+    def add_extremes(self, name: str, values: Tensor, *, minimum: bool = False) -> None:
+        """Let ``values``, of any number, count for ``<name>/max`` (and ``<name>/min``)."""
+        signs = {f"{name}/max": 1.0, **({f"{name}/min": -1.0} if minimum else {})}
+        for key, sign in signs.items():
+            peak = float((sign * values).max()) if values.numel() else -math.inf
+            self._peaks[key] = _larger(self._peaks.get(key, -math.inf), peak)
+
+    def count(self, name: str) -> float:
+        """The count behind the mean ``name``; 0 where there is none."""
+        return self._pairs.get(name, [0.0, 0.0])[1]
+
+    def reduced(
+        self,
+        all_sum: Callable[[Tensor], Tensor],
+        all_max: Callable[[dict[str, float]], dict[str, float]] = dict,
+    ) -> Sums:
+        """The same over all ranks; every rank must hold the same names.
+
+        Args:
+            all_sum: sums a tensor over ranks (called once).
+            all_max: by name the largest value of any rank (called where there are extremes).
+        """
+        names, totals = sorted(self._pairs), sorted(self._totals)
+        values = [x for n in names for x in self._pairs[n]] + [self._totals[n] for n in totals]
+        sums = all_sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        result = Sums()
+        result._pairs = {n: sums[2 * i : 2 * i + 2] for i, n in enumerate(names)}
+        result._totals = dict(zip(totals, sums[2 * len(names) :], strict=True))
+        if self._peaks:
+            result._peaks = all_max({n: self._peaks[n] for n in sorted(self._peaks)})
+        return result
+
+    def merge(self, other: Sums) -> None:
+        """Add what ``other`` holds."""
+        for name, (total, count) in other._pairs.items():
+            self.add(name, total, count)
+        for name, value in other._totals.items():
+            self.add_total(name, value)
+        for name, value in other._peaks.items():
+            self._peaks[name] = _larger(self._peaks.get(name, -math.inf), value)
+
+    def means(self, all_sum: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Means (a count of 0 gives 0), totals and extremes (0 where nothing was seen) by name."""
+        sums = self if all_sum is None else self.reduced(all_sum)
+        found = {n: t / c if c else 0.0 for n, (t, c) in sorted(sums._pairs.items())}
+        found |= sums._totals
+        for name, peak in sums._peaks.items():
+            sign = -1.0 if name.endswith("/min") else 1.0
+            found[name] = 0.0 if peak == -math.inf else sign * peak
+        return found
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger one; NaN if either is."""
+    return b if b > a or math.isnan(b) else a
 
 
 class JsonLines:
@@ -39,10 +98,10 @@ class JsonLines:
         self.path, self.enabled = path, enabled
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line, flushed."""
+        """One line, flushed. Strict JSON: a number that is not finite is written as null."""
         if self.enabled:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(strict(record), allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All complete records."""
@@ -58,3 +117,12 @@ class JsonLines:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
             os.replace(temporary, self.path)
+
+
+def strict(value: Any) -> Any:
+    """``value`` as JSON can hold it: None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -77,7 +77,8 @@ def write_plots(records: list[dict[str, Any]], stages: list[str], folder: Path) 
     }
     for name, (rows, series, label) in curves.items():
         drawn = {
-            title: [(r["step"], r[key]) for r in rows if key in r] for key, title in series.items()
+            title: [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+            for key, title in series.items()
         }
         drawn = {title: points for title, points in drawn.items() if points}
         if drawn:

@@ -26,11 +26,13 @@ from crpo_fast.evaluate import evaluate
 from crpo_fast.experience import Experience
 from crpo_fast.loss import LossSpec, loss_spec
 from crpo_fast.metrics import JsonLines
+from crpo_fast.nonfinite import Guard, is_finite
 from crpo_fast.optim import build_optimizer
 from crpo_fast.policy import Policy
 from crpo_fast.run_folder import Resume, RunFolder, advance, phase_lengths
 from crpo_fast.session import DTYPES, Session
 from crpo_fast.task import stratified
+from crpo_fast.updates import UpdatePlan
 
 
 class Stopped(Exception):
@@ -75,6 +77,14 @@ class Run:
         self.samples = JsonLines(self.folder.path / "samples.jsonl", enabled=main)
         for log in (self.metrics, self.samples):
             log.keep(lambda r: r["step"] <= self.resume.progress.step)
+        self.guard = Guard(
+            self.config.train.max_nonfinite,
+            self.folder.path / "nonfinite",
+            self.session.world,
+            self.reporter.line,
+        )
+        if "nonfinite" in self.progress.controllers:
+            self.guard.load_state_dict(self.progress.controllers["nonfinite"])
         done = self.folder.read_evaluations()
         step = self.progress.step  # later ones will be done again
         self.evaluations = {name: e for name, e in done.items() if e["step"] <= step}
@@ -185,6 +195,7 @@ class Phase:
     optimizer: torch.optim.Optimizer
     reference: Policy | None
     alarm: EntropyAlarm | None
+    plan: UpdatePlan
 
     def steps(self) -> Iterator[int]:
         """The 0-based steps of the phase that are not done."""
@@ -198,6 +209,7 @@ class Phase:
         Raises:
             MismatchError: the first batch was sampled from other weights.
             EntropyExplosionError: a stage's entropy explodes (the state is saved).
+            NonFiniteError: too many updates in a row were skipped (the state is saved).
             Stopped: a signal came (the state is saved).
         """
         run = self.run
@@ -210,10 +222,12 @@ class Phase:
             step=run.progress.step + 1,
             caps=caps,
             is_phase_end=False,
+            controllers={**run.progress.controllers, "nonfinite": run.guard.state_dict()},
         )
         with timing.timer("sync"):
             session.engine.sync(session.policy.model, run.progress.step)
         self._log(step, metrics, batch)
+        self._check_finite()
         self._check(step, metrics)
         stopped = distributed.all_max(run.stop.received, session.world)
         every = config.checkpoint.every
@@ -227,6 +241,17 @@ class Phase:
             and (step + 1) % config.eval.every == 0
         ):
             run.evaluate(f"step_{run.progress.step}")
+
+    def _check_finite(self) -> None:
+        run = self.run
+        if not run.guard.is_exhausted:
+            return
+        last = f"The weights were saved in {run.folder.checkpoints / f'step_{run.progress.step}'}."
+        if is_finite(run.session.policy.model, run.session.world):
+            run.save(self.optimizer)
+        else:
+            last = "The weights themselves are not finite and were not saved."
+        raise run.guard.error(last)
 
     def _check(self, step: int, metrics: dict[str, float]) -> None:
         rollout = self.run.config.rollout
@@ -322,4 +347,13 @@ def _start(run: Run, index: int, length: int) -> Phase:
     run.reporter.line(
         f"phase {index + 1}/{len(run.config.phases)}: {config.algorithm}, {length} steps"
     )
-    return Phase(run, index, length, config, spec, optimizer, reference, alarm)
+    plan = _plan(run.config, config)
+    return Phase(run, index, length, config, spec, optimizer, reference, alarm, plan)
+
+
+def _plan(config: Config, phase: PhaseConfig) -> UpdatePlan:
+    """Several updates belong to rollouts alone."""
+    if phase.algorithm == "sft":
+        return UpdatePlan()
+    updates = config.train.updates_per_rollout
+    return UpdatePlan(updates, config.train.minibatches or updates, config.rollout.group_size)

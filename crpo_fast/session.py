@@ -85,10 +85,13 @@ def build(config: Config, world: World, run_dir: Path) -> Session:
     Raises:
         ConfigError, ModelError, DataError: what is wrong and what to type.
     """
-    if config.rollout.prompts_per_step % world.size:
+    minibatches = config.train.minibatches or config.train.updates_per_rollout
+    unit = world.size * minibatches  # a group belongs to one rank and to one minibatch
+    if config.rollout.prompts_per_step % unit:
         raise ConfigError(
-            f"rollout.prompts_per_step: expected a multiple of the {world.size} ranks, got "
-            f"{config.rollout.prompts_per_step}. Type --rollout.prompts_per_step {world.size * 8}."
+            f"rollout.prompts_per_step: expected a multiple of {unit} ({world.size} rank(s) x "
+            f"{minibatches} minibatch(es)), got {config.rollout.prompts_per_step}. Type "
+            f"--rollout.prompts_per_step {unit * -(-config.rollout.prompts_per_step // unit)}."
         )
     with distributed.main_first(world):
         rows = load_rows(config, run_dir, write=world.is_main)

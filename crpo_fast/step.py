@@ -1,8 +1,9 @@
-"""One optimizer step: sequences -> weights -> micro-batches -> gradients -> update -> metrics."""
+"""One optimizer update: sequences -> weights -> micro-batches -> gradients -> update -> metrics."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,10 @@ from torch import Tensor
 from crpo_fast import distributed
 from crpo_fast.loss import LossSpec, flat_vectors, micro_batch_loss
 from crpo_fast.metrics import Sums
+from crpo_fast.mismatch import add_mismatch
 from crpo_fast.packing import MicroBatch, Sequence, dummy, pack
 from crpo_fast.policy import Policy
 from crpo_fast.timing import timer
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is NaN or infinite."""
 
 
 def micro_batches(
@@ -58,13 +56,48 @@ def micro_batches(
         ]
 
 
-def accumulate(policy: Policy, batches: list[MicroBatch], spec: LossSpec) -> tuple[float, Sums]:
-    """Forward and backward of all micro-batches; returns this rank's loss and its metrics.
+@dataclass(frozen=True)
+class Update:
+    """What came of one update, the same on every rank but for ``logprobs``.
+
+    Attributes:
+        sums: metrics of all ranks.
+        loss, grad_norm: global; the norm before clipping.
+        logprobs: of each micro-batch's rows, by the policy before the update.
+    """
+
+    sums: Sums
+    loss: float
+    grad_norm: float
+    logprobs: list[Tensor]
+
+    @property
+    def is_empty(self) -> bool:
+        """There was no token on any rank, so there was nothing to learn."""
+        return self.sums.count("entropy") == 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Are loss and gradient finite?"""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def metrics(self) -> dict[str, float]:
+        """Of this update alone."""
+        return {**self.sums.means(), "grad_norm": self.grad_norm}
+
+
+def accumulate(
+    policy: Policy, batches: list[MicroBatch], spec: LossSpec
+) -> tuple[float, Sums, list[Tensor]]:
+    """Forward and backward of all micro-batches.
 
     The loss already carries the global denominators and the data-parallel size: nothing is divided
     here.
+
+    Returns:
+        this rank's loss, its metrics, and the logprobs of each micro-batch's rows.
     """
-    sums, total = Sums(), 0.0
+    sums, total, logprobs = Sums(), 0.0, []
     for i, batch in enumerate(batches):
         distributed.set_gradient_sync(policy.model, i == len(batches) - 1)
         with timer("forward"):
@@ -72,8 +105,9 @@ def accumulate(policy: Policy, batches: list[MicroBatch], spec: LossSpec) -> tup
         with timer("backward"):
             loss.backward()
         total += float(loss.detach())
+        logprobs.append(stats.logprobs)
         _add_stats(sums, stats, batch, spec)
-    return total, sums
+    return total, sums, logprobs
 
 
 def optimizer_step(
@@ -83,33 +117,32 @@ def optimizer_step(
     spec: LossSpec,
     *,
     max_grad_norm: float,
-) -> dict[str, float]:
-    """One update; returns the step's global metrics.
+) -> Update:
+    """One update. It is skipped, on all ranks alike, when it is empty or not finite.
 
-    Raises:
-        NonFiniteError: loss or gradient norm is not finite; the weights are as before the step.
+    A skipped update leaves weights and optimizer state as they were.
     """
+    world = policy.world
     optimizer.zero_grad(set_to_none=True)
-    loss, sums = accumulate(policy, batches, spec)
+    loss, sums, logprobs = accumulate(policy, batches, spec)
     with timer("optimizer"):
         norm = distributed.clip_grad_norm(policy.model, max_grad_norm)
     sums.add("loss", loss, 1)  # mean over ranks of dp-scaled losses = the global loss
-    metrics = sums.means(lambda x: distributed.all_sum(x.to(policy.world.device)).cpu())
-    if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
-        raise NonFiniteError(
-            f"loss {metrics['loss']}, gradient norm {norm}: not finite, the weights were not "
-            "updated. Lower optim.lr, or look for NaN in the data and the model "
-            "(model.compute_dtype float32 helps)."
-        )
-    with timer("optimizer"):
-        optimizer.step()
-    return {**metrics, "grad_norm": norm}
+    sums = sums.reduced(
+        lambda x: distributed.all_sum(x.to(world.device)).cpu(),
+        lambda peaks: distributed.largest(peaks, world),
+    )
+    update = Update(sums, sums.means()["loss"], norm, logprobs)
+    if update.is_finite and not update.is_empty:
+        with timer("optimizer"):
+            optimizer.step()
+    return update
 
 
 def _add_stats(sums: Sums, stats: Any, batch: MicroBatch, spec: LossSpec) -> None:
     for name, (total, count) in stats.sums().items():
         if name != "num_tokens":
-            sums.add(name, total, count)
+            sums.add({"is_clipped": "clip_fraction"}.get(name, name), total, count)
     stage_ids, entropy = batch.vectors["stage_ids"], stats.entropy
     for k in range(len(spec.stage_coefs)):
         mask = stage_ids == k
@@ -118,6 +151,5 @@ def _add_stats(sums: Sums, stats: Any, batch: MicroBatch, spec: LossSpec) -> Non
         )
     rollout: Tensor | None = batch.vectors.get("rollout_logprobs")
     if rollout is not None:
-        sums.add(
-            "mismatch", (stats.logprobs - rollout).abs().sum(dtype=torch.float64), rollout.numel()
-        )
+        old = batch.vectors.get("old_logprobs", stats.logprobs)
+        add_mismatch(sums, old, rollout, spec.objective)

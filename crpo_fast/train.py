@@ -27,6 +27,7 @@ from crpo_fast.data import DataError  # noqa: E402
 from crpo_fast.distributed import World  # noqa: E402
 from crpo_fast.experience import Experience  # noqa: E402
 from crpo_fast.models import ModelError  # noqa: E402
+from crpo_fast.nonfinite import NonFiniteError  # noqa: E402
 from crpo_fast.optim import learning_rate, set_learning_rate  # noqa: E402
 from crpo_fast.phases import (  # noqa: E402
     EntropyExplosionError,
@@ -38,32 +39,40 @@ from crpo_fast.phases import (  # noqa: E402
 from crpo_fast.policy import UnsupportedModelError  # noqa: E402
 from crpo_fast.rewards import RewardError  # noqa: E402
 from crpo_fast.rollout import RolloutError  # noqa: E402
-from crpo_fast.step import NonFiniteError, micro_batches, optimizer_step  # noqa: E402
+from crpo_fast.step import micro_batches  # noqa: E402
 from crpo_fast.task import build_grammar, load_rewards, order  # noqa: E402
 from crpo_fast.timing import timer  # noqa: E402
+from crpo_fast.updates import add_old_logprobs, run_updates  # noqa: E402
 
 
 def train(run: Run) -> None:
-    """All phases from where the run stands; one pass of the inner loop is one optimizer step."""
+    """All phases from where the run stands; one pass of the inner loop is one rollout."""
     config, policy = run.config, run.session.policy
     for phase in run.phases():
         for step in phase.steps():
             batch = gather(run, phase.config, step)
-            packed = micro_batches(
-                batch.sequences,
-                phase.loss,
-                policy,
-                token_budget=config.train.token_budget,
-                layout=config.train.layout,
-                reference=phase.reference,
-            )
+            packed = [
+                micro_batches(
+                    sequences,
+                    phase.loss,
+                    policy,
+                    token_budget=config.train.token_budget,
+                    layout=config.train.layout,
+                    reference=phase.reference,
+                )
+                for sequences in phase.plan.split(batch.sequences)
+            ]
+            packed = add_old_logprobs(packed, phase.loss, policy)
             set_learning_rate(phase.optimizer, learning_rate(step, phase.config, config.optim))
-            metrics = optimizer_step(
+            metrics = run_updates(
                 policy,
                 phase.optimizer,
                 packed,
                 phase.loss,
+                updates=phase.plan.updates,
                 max_grad_norm=config.optim.max_grad_norm,
+                guard=run.guard,
+                where=f"step_{run.progress.step + 1}",
             )
             phase.finish_step(step, metrics, batch)
     run.finish()

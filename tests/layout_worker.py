@@ -139,7 +139,7 @@ def error(
         mine, spec, policy, token_budget=budget, layout=layout, reference=reference
     )
     real = distributed.all_gather(sum(b.labels.numel() > 0 for b in batches), world)
-    total, _ = accumulate(policy, batches, spec)
+    total, *_ = accumulate(policy, batches, spec)
     mean = float(distributed.all_sum(torch.tensor(total, dtype=torch.float64))) / world.size
     worst, name = abs(mean - expected_loss) / abs(expected_loss), "loss"
     expected = dict(plain.named_parameters())
