@@ -200,6 +200,7 @@ class TrainConfig:
     ``updates_per_rollout``: optimizer updates of one step of the loop, each on one of the
     ``minibatches`` (0: as many as updates) into which the groups of the rollout are split.
     ``max_nonfinite``: skipped updates in a row (loss or gradient not finite) that end the run.
+    ``timeout``: seconds that a rank waits for the others in a collective before the run ends.
     """
 
     max_steps: int = 0
@@ -211,6 +212,7 @@ class TrainConfig:
     updates_per_rollout: int = 1
     minibatches: int = 0
     max_nonfinite: int = 3
+    timeout: float = 1800.0
 
 
 @dataclass(frozen=True)

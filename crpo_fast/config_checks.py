@@ -106,6 +106,7 @@ def _check_rollout(config: Config) -> None:
         rollout__prompts_per_step=rollout.prompts_per_step,
         rollout__max_tokens=rollout.max_tokens,
         train__token_budget=train.token_budget,
+        train__timeout=train.timeout,
         optim__max_grad_norm=config.optim.max_grad_norm,
     )
     longest = config.data.max_prompt_tokens + rollout.max_tokens

@@ -36,8 +36,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-TIMEOUT = timedelta(minutes=30)
-
 
 @dataclass(frozen=True)
 class World:
@@ -46,6 +44,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: Any = None  # shared by all ranks
 
     @property
     def is_main(self) -> bool:
@@ -53,12 +52,13 @@ class World:
         return self.rank == 0
 
 
-def init(threads: int = 0) -> World:
+def init(threads: int = 0, timeout: float = 1800.0) -> World:
     """Join the process group that torchrun describes; without torchrun, a group of one.
 
     Args:
         threads: CPU threads of this process; 0 divides the cores by the ranks of this machine
             (torchrun alone would leave several ranks with one thread each).
+        timeout: seconds that a collective waits for the other ranks.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     for name, value in alone.items():
@@ -77,12 +77,14 @@ def init(threads: int = 0) -> World:
         )
         _keep_freed_memory()
         torch.set_num_threads(threads or max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    limit = timedelta(seconds=timeout)
     if "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+        store, rank, size = dist.HashStore(), 0, 1
+    store.set_timeout(limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    return World(rank, size, device, store)
 
 
 def _keep_freed_memory() -> None:

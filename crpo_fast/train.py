@@ -12,7 +12,6 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _HERE]
 
-import os  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
@@ -29,6 +28,7 @@ from crpo_fast.experience import Experience  # noqa: E402
 from crpo_fast.models import ModelError  # noqa: E402
 from crpo_fast.nonfinite import NonFiniteError  # noqa: E402
 from crpo_fast.optim import learning_rate, set_learning_rate  # noqa: E402
+from crpo_fast.peers import Peers  # noqa: E402
 from crpo_fast.phases import (  # noqa: E402
     EntropyExplosionError,
     MismatchError,
@@ -43,6 +43,9 @@ from crpo_fast.step import micro_batches  # noqa: E402
 from crpo_fast.task import build_grammar, load_rewards, order  # noqa: E402
 from crpo_fast.timing import timer  # noqa: E402
 from crpo_fast.updates import add_old_logprobs, run_updates  # noqa: E402
+
+USER_ERRORS = (ConfigError, CheckpointError, DataError, ModelError, UnsupportedModelError)
+RUN_ERRORS = (EntropyExplosionError, MismatchError, NonFiniteError, RewardError, RolloutError)
 
 
 def train(run: Run) -> None:
@@ -140,32 +143,26 @@ def run(config: Config, world: World, reporter: Reporter) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done or stopped by a signal, 2 the user must correct, 1 cannot go on."""
-    is_main = os.environ.get("RANK", "0") == "0"
-    status = 0
+    status, peers = 0, Peers()
     try:
         config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         # refuse now what would be refused after loading
         build_grammar(config)
         load_rewards(config)
-        world = distributed.init(config.train.threads)
+        world = distributed.init(config.train.threads, config.train.timeout)
+        peers = Peers(world.rank, world.size, world.store, timeout=config.train.timeout)
+        peers.watch()
         run(config, world, Reporter(enabled=world.is_main))
-    except (ConfigError, CheckpointError, DataError, ModelError, UnsupportedModelError) as error:
-        status = _refuse(error, is_main, 2)
-    except (
-        EntropyExplosionError,
-        MismatchError,
-        NonFiniteError,
-        RewardError,
-        RolloutError,
-    ) as error:
-        status = _refuse(error, is_main, 1)
+    except USER_ERRORS as error:
+        status = peers.refuse(error, 2)
+    except RUN_ERRORS as error:
+        status = peers.refuse(error, 1)
+    except RuntimeError as error:  # of torch: memory, or a collective that another rank left
+        status = peers.explain(error)
+        if not status:
+            raise
+    peers.stop()
     distributed.shutdown(together=status == 0)
-    return status
-
-
-def _refuse(error: Exception, is_main: bool, status: int) -> int:
-    if is_main:
-        print(f"error: {error}", file=sys.stderr, flush=True)
     return status
 
 

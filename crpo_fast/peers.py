@@ -1,0 +1,173 @@
+"""The other ranks of a run: one rank's error or death ends all of them, with one message.
+
+A rank that dies closes its connections, so the others fail in whatever collective comes next; that
+error names neither rank nor phase and may come late (NCCL, a long generation). So every rank leaves
+its process id and what it is doing in torchrun's store, and a thread looks after the processes of
+this machine once a second. Whoever notices first speaks, the others leave silently.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+import sys
+import threading
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from crpo_fast import timing
+
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|timed out waiting|timeout|nccl|gloo", re.I
+)
+
+
+class Peers:
+    """The ranks of one run; without arguments, before the ranks know each other.
+
+    Args:
+        rank: of this process; torchrun's, when not given.
+        size: number of ranks.
+        store: what all ranks can read and write (torchrun's); None for a single rank.
+        timeout: seconds that a collective may wait; for the messages.
+    """
+
+    def __init__(
+        self, rank: int | None = None, size: int = 1, store: Any = None, timeout: float = math.inf
+    ) -> None:
+        # before they know each other, the first rank of every machine speaks
+        self._speaks = size > 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+        self.rank, self.size, self.timeout = rank or 0, size, timeout
+        self._store = store
+        self._end = threading.Event()
+        self._processes: dict[int, psutil.Process] = {}
+
+    def watch(self) -> None:
+        """Introduce this rank, then look after the others of this machine. A collective."""
+        if self.size == 1:
+            return
+        me = psutil.Process()
+        self._store.set(f"crpo/peer/{self.rank}", _identity(me))
+        self._tell()
+        dist.barrier()
+        for rank in range(self.size):
+            host, pid, created = self._store.get(f"crpo/peer/{rank}").decode().split(" ")
+            if rank != self.rank and host == socket.gethostname() and psutil.pid_exists(int(pid)):
+                process = psutil.Process(int(pid))
+                if _identity(process).endswith(f" {created}"):  # else: another process namespace
+                    self._processes[rank] = process
+        threading.Thread(target=self._run, name="crpo-peers", daemon=True).start()
+
+    def stop(self) -> None:
+        """From now on the others may leave."""
+        self._end.set()
+
+    def refuse(self, error: Exception, status: int) -> int:
+        """Print an error that ends the run; returns ``status``."""
+        self._say(str(error))
+        return status
+
+    def explain(self, error: RuntimeError) -> int:
+        """Print what stands behind an error of torch: 1, or 0 where only a traceback tells."""
+        if self.lost(error):
+            self._say(self.describe(error))
+            return 1
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            self._say(
+                f"rank {self.rank}: out of memory in {timing.last_activity()} "
+                f"({str(error).splitlines()[0]}). Type a smaller --train.token_budget or "
+                "--model.activation_checkpointing; the same command continues from the last "
+                "checkpoint."
+            )
+            return 1
+        self._claim()
+        return 0
+
+    def _say(self, message: str) -> None:
+        """Print on stderr unless some rank has already said why the run ends."""
+        if self._claim():
+            print(f"error: {message}", file=sys.stderr, flush=True)
+
+    def _claim(self) -> bool:
+        """True for the first rank that asks: it is the one to speak."""
+        if self.size == 1:
+            return self._speaks
+        try:
+            return self._store.add("crpo/said", 1) == 1
+        except dist.DistError:  # the store died with its host: better twice than never
+            return True
+
+    def lost(self, error: BaseException) -> bool:
+        """Is ``error`` how the death or the silence of another rank shows here?"""
+        if self.size == 1 or not isinstance(error, RuntimeError):
+            return False
+        return isinstance(error, dist.DistError) or bool(_LOST.search(str(error)))
+
+    def describe(self, error: BaseException | None = None) -> str:
+        """The message for a lost rank: who is gone, who was doing what, what to do."""
+        gone = sorted(r for r, process in self._processes.items() if not _alive(process))
+        cause = f"{type(error).__name__}: {str(error).splitlines()[0]}" if error else ""
+        waited = bool(re.search("timed out|timeout", cause, re.I)) and not gone
+        if waited:
+            what = f"waited more than train.timeout = {self.timeout:g} s for the other ranks"
+            advice = (
+                "Raise --train.timeout if a rank may take that long, or look at the one that hangs "
+                "(py-spy dump --pid <pid>)."
+            )
+        else:
+            who = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
+            what = f"lost {who}"
+            advice = "The system's log says whether it was killed for its memory (dmesg)."
+        doing = "; ".join(f"rank {r} in {text}" for r, text in self._activities().items())
+        return (
+            f"rank {self.rank} of {self.size} {what} while in {timing.last_activity()}"
+            f"{f' ({cause})' if cause else ''}. Last seen: {doing or 'unknown'}. {advice} "
+            "The same command continues from the last checkpoint."
+        )
+
+    def _activities(self) -> dict[int, str]:
+        found = {self.rank: timing.last_activity()}
+        for rank in range(self.size):
+            try:
+                if rank != self.rank and self._store.check([f"crpo/doing/{rank}"]):
+                    found[rank] = self._store.get(f"crpo/doing/{rank}").decode()
+            except dist.DistError:  # the store died with its host
+                found[rank] = "an unknown place"
+        return dict(sorted(found.items()))
+
+    def _tell(self) -> str:
+        text = timing.last_activity()
+        self._store.set(f"crpo/doing/{self.rank}", text)
+        return text
+
+    def _run(self) -> None:
+        told = ""
+        while not self._end.wait(1.0):
+            if all(map(_alive, self._processes.values())):
+                try:
+                    told = self._tell() if timing.last_activity() != told else told
+                    continue
+                except dist.DistError:  # the store is gone, and its host with it
+                    pass
+            # the dying rank, or a collective of this one, may speak better: let them
+            if self._end.wait(2.0):
+                return
+            self._say(self.describe())
+            sys.stdout.flush()
+            os._exit(1)
+
+
+def _identity(process: psutil.Process) -> str:
+    return f"{socket.gethostname()} {process.pid} {process.create_time():.2f}"
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
