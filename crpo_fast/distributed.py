@@ -36,6 +36,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from crpo_fast.timing import exchange
+
 
 @dataclass(frozen=True)
 class World:
@@ -117,14 +119,16 @@ def shutdown(*, together: bool = True) -> None:
 def all_sum(values: Tensor) -> Tensor:
     """Sum of ``values`` over ranks (a new tensor)."""
     total = values.clone()
-    dist.all_reduce(total)
+    with exchange():
+        dist.all_reduce(total)
     return total
 
 
 def all_max(value: int, world: World) -> int:
     """Largest ``value`` of any rank."""
     tensor = torch.tensor(value, device=world.device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    with exchange():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
 
 
@@ -138,13 +142,15 @@ def largest(values: dict[str, float], world: World) -> dict[str, float]:
 def all_gather(value: Any, world: World) -> list[Any]:
     """The picklable ``value`` of every rank, in rank order (trusted peers of one run only)."""
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    with exchange():
+        dist.all_gather_object(values, value)
     return values
 
 
 def barrier() -> None:
     """Wait for all ranks."""
-    dist.barrier()
+    with exchange():
+        dist.barrier()
 
 
 @contextlib.contextmanager

@@ -69,17 +69,17 @@ class Peers:
 
     def refuse(self, error: Exception, status: int) -> int:
         """Print an error that ends the run; returns ``status``."""
-        self._say(str(error))
+        self._say(f"rank {self.rank}: {error}" if self.size > 1 else str(error))
         return status
 
-    def explain(self, error: RuntimeError) -> int:
-        """Print what stands behind an error of torch: 1, or 0 where only a traceback tells."""
+    def explain(self, error: Exception) -> int:
+        """Print what stands behind an error of torch: 1, or 0 where only its traceback tells."""
         if self.lost(error):
             self._say(self.describe(error))
             return 1
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             self._say(
-                f"rank {self.rank}: out of memory in {timing.last_activity()} "
+                f"rank {self.rank}: out of memory in {timing.failed_activity()} "
                 f"({str(error).splitlines()[0]}). Type a smaller --train.token_budget or "
                 "--model.activation_checkpointing; the same command continues from the last "
                 "checkpoint."
@@ -111,7 +111,7 @@ class Peers:
     def describe(self, error: BaseException | None = None) -> str:
         """The message for a lost rank: who is gone, who was doing what, what to do."""
         gone = sorted(r for r, process in self._processes.items() if not _alive(process))
-        cause = f"{type(error).__name__}: {str(error).splitlines()[0]}" if error else ""
+        cause = _cause(error) if error else ""
         waited = bool(re.search("timed out|timeout", cause, re.I)) and not gone
         if waited:
             what = f"waited more than train.timeout = {self.timeout:g} s for the other ranks"
@@ -124,14 +124,15 @@ class Peers:
             what = f"lost {who}"
             advice = "The system's log says whether it was killed for its memory (dmesg)."
         doing = "; ".join(f"rank {r} in {text}" for r, text in self._activities().items())
+        here = timing.where(timing.failed_activity())
         return (
-            f"rank {self.rank} of {self.size} {what} while in {timing.last_activity()}"
+            f"rank {self.rank} of {self.size} {what} while in {here}"
             f"{f' ({cause})' if cause else ''}. Last seen: {doing or 'unknown'}. {advice} "
             "The same command continues from the last checkpoint."
         )
 
     def _activities(self) -> dict[int, str]:
-        found = {self.rank: timing.last_activity()}
+        found = {self.rank: timing.where(timing.failed_activity())}
         for rank in range(self.size):
             try:
                 if rank != self.rank and self._store.check([f"crpo/doing/{rank}"]):
@@ -141,7 +142,7 @@ class Peers:
         return dict(sorted(found.items()))
 
     def _tell(self) -> str:
-        text = timing.last_activity()
+        text = timing.where(timing.activity())
         self._store.set(f"crpo/doing/{self.rank}", text)
         return text
 
@@ -150,7 +151,7 @@ class Peers:
         while not self._end.wait(1.0):
             if all(map(_alive, self._processes.values())):
                 try:
-                    told = self._tell() if timing.last_activity() != told else told
+                    told = self._tell() if timing.where(timing.activity()) != told else told
                     continue
                 except dist.DistError:  # the store is gone, and its host with it
                     pass
@@ -160,6 +161,12 @@ class Peers:
             self._say(self.describe())
             sys.stdout.flush()
             os._exit(1)
+
+
+def _cause(error: BaseException) -> str:
+    """The sentence of a backend's error that says what happened, without source paths."""
+    line = re.sub(r"^\[[^\]]*\]\s*", "", str(error).splitlines()[0])
+    return line.split(". ")[0][:200]
 
 
 def _identity(process: psutil.Process) -> str:

@@ -201,7 +201,9 @@ class Phase:
         """The 0-based steps of the phase that are not done."""
         self._clock, self._first = time.monotonic(), self.run.progress.phase_steps
         timing.lap()  # the first step's seconds begin here
-        yield from range(self._first, self.length)
+        for step in range(self._first, self.length):
+            timing.begin_step(self.run.progress.step + 1)
+            yield step
 
     def finish_step(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
         """After the update: sync, check, log, evaluate, save.

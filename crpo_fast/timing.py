@@ -24,6 +24,7 @@ PARTS = {
     "save": "checkpoint",
     "evaluation": "eval",
     "load": "other",
+    "exchange": "other",  # counts and metrics of all ranks
 }
 NAMES = tuple(dict.fromkeys(PARTS.values()))  # every part once, "other" last
 IDLE = "between two parts"
@@ -39,6 +40,8 @@ class Stopwatch:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._running: list[str] = []  # activities, the innermost last
+        self._left_by_error = ""
+        self.step = 0  # of the run; for messages
         self._seconds = dict.fromkeys(NAMES, 0.0)
         self._mark = self._entered = clock()
 
@@ -46,6 +49,11 @@ class Stopwatch:
     def activity(self) -> str:
         """The innermost activity that runs, or ``IDLE``."""
         return (self._running or [IDLE])[-1]
+
+    @property
+    def failed_activity(self) -> str:
+        """The innermost activity that an exception left last, else the one that runs."""
+        return self._left_by_error or self.activity
 
     @property
     def seconds_in_activity(self) -> float:
@@ -60,8 +68,12 @@ class Stopwatch:
         self._charge()
         self._running.append(activity)
         self._entered = self._mark
+        self._left_by_error = ""
         try:
             yield
+        except BaseException:
+            self._left_by_error = self._left_by_error or activity
+            raise
         finally:
             self._charge()
             self._running.pop()
@@ -92,6 +104,31 @@ def timer(activity: str) -> AbstractContextManager[None]:
 def activity() -> str:
     """What this process is doing now: a key of ``PARTS``, or ``IDLE``."""
     return _PROCESS.activity
+
+
+def failed_activity() -> str:
+    """What it was doing when the last exception came; without one, what it is doing now."""
+    return _PROCESS.failed_activity
+
+
+def begin_step(step: int) -> None:
+    """Step ``step`` of the run begins (counted from 1)."""
+    _PROCESS.step = step
+
+
+def where(activity: str) -> str:
+    """``activity`` with the step that this process is in, for messages."""
+    return f"{activity} (step {_PROCESS.step})" if _PROCESS.step else activity
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """A collective outside of every activity; inside one it belongs to that."""
+    if _PROCESS.activity != IDLE:
+        yield
+        return
+    with _PROCESS.timer("exchange"):
+        yield
 
 
 def seconds_in_activity() -> float:

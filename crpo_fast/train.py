@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = peers.refuse(error, 2)
     except RUN_ERRORS as error:
         status = peers.refuse(error, 1)
-    except RuntimeError as error:  # of torch: memory, or a collective that another rank left
+    except Exception as error:  # memory, a collective that another rank left, or a bug
         status = peers.explain(error)
         if not status:
             raise

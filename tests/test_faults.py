@@ -1,0 +1,57 @@
+"""Injected faults and how a run must end: with a named cause, nothing lost, nothing hanging."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = str(Path(__file__).with_name("tiny.toml"))
+FAULTY = str(Path(__file__).with_name("faulty_train.py"))
+
+
+def launch(fault: str, run_dir: Path, *arguments: str, ranks: int = 2) -> tuple[str, str, float]:
+    """torchrun with ``fault`` injected on the last rank: (stdout, stderr, seconds)."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc_per_node={ranks}", FAULTY, fault, str(ranks - 1), TINY),
+        *("--run.dir", str(run_dir), "--train.threads", "1", *arguments),
+    ]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1, done.stderr[-3000:]
+    return done.stdout, done.stderr, time.monotonic() - start
+
+
+# fault on rank 1 -> what the one message says
+RANKS = {
+    "die": ["lost rank 1 while in exchange (step", "Last seen:", "rank 1 in", "last checkpoint"],
+    "die@forward": ["lost rank 1 while in", "last checkpoint"],
+    "hang": ["waited more than train.timeout = 8 s", "rank 1 in generation (step", "py-spy"],
+    "refuse": ["rank 1: the injected engine gave up"],
+    "bug": [],  # the traceback of rank 1 is the message
+    "oom@forward": ["rank 1: out of memory in forward", "--train.token_budget"],
+}
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("fault", RANKS)
+def test_one_rank_ends_all_with_one_message(fault: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "r"
+    patience = ("--train.timeout", "8") if fault == "hang" else ()
+    _, err, seconds = launch(fault, run_dir, *patience)
+    messages = [line for line in err.splitlines() if line.startswith("error: ")]
+    if RANKS[fault]:
+        assert len(messages) == 1, err[-3000:]
+        assert all(part in messages[0] for part in RANKS[fault]), messages[0]
+    else:
+        assert not messages
+        assert "[rank1]: KeyError: 'an injected bug'" in err
+        assert "[rank0]:" not in err
+    assert seconds < 60 + 30  # the start and the first steps included
+    last = "step_3" if fault.endswith("forward") else "step_7"  # of the step before the fault
+    assert (run_dir / "checkpoints" / "latest").read_text() == last
