@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 import psutil
@@ -110,9 +111,9 @@ class Peers:
 
     def describe(self, error: BaseException | None = None) -> str:
         """The message for a lost rank: who is gone, who was doing what, what to do."""
-        gone = sorted(r for r, process in self._processes.items() if not _alive(process))
         cause = _cause(error) if error else ""
-        waited = bool(re.search("timed out|timeout", cause, re.I)) and not gone
+        waited = bool(re.search("timed out|timeout", cause, re.I))
+        gone = self._gone(0.0 if waited else 2.0)
         if waited:
             what = f"waited more than train.timeout = {self.timeout:g} s for the other ranks"
             advice = (
@@ -130,6 +131,15 @@ class Peers:
             f"{f' ({cause})' if cause else ''}. Last seen: {doing or 'unknown'}. {advice} "
             "The same command continues from the last checkpoint."
         )
+
+    def _gone(self, patience: float) -> list[int]:
+        """Ranks that are dead; connections close some time before a process has ended."""
+        deadline = time.monotonic() + patience
+        while True:
+            gone = sorted(r for r, process in self._processes.items() if not _alive(process))
+            if gone or not self._processes or time.monotonic() > deadline:
+                return gone
+            time.sleep(0.05)
 
     def _activities(self) -> dict[int, str]:
         found = {self.rank: timing.where(timing.failed_activity())}
