@@ -181,7 +181,13 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """One rollout: ``prompts_per_step`` prompts (all ranks together) x ``group_size`` samples."""
+    """One rollout: ``prompts_per_step`` prompts (all ranks together) x ``group_size`` samples.
+
+    ``mask_truncated``: a completion that met ``max_tokens`` keeps its reward and its place in its
+    group and in every denominator, but none of its tokens is in the loss.
+    ``dynamic_sampling``: groups without reward variance are replaced by further prompts, in at most
+    ``max_resamples`` further rounds; then the step trains on fewer groups.
+    """
 
     engine: str = "hf"
     prompts_per_step: int = 16
@@ -190,6 +196,9 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 128
+    mask_truncated: bool = False
+    dynamic_sampling: bool = False
+    max_resamples: int = 3
     max_mismatch: float = 0.1  # nats; mean |train - rollout logprob| of the first batch of a start
 
 

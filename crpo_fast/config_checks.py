@@ -105,6 +105,7 @@ def _check_rollout(config: Config) -> None:
     _positive(
         rollout__prompts_per_step=rollout.prompts_per_step,
         rollout__max_tokens=rollout.max_tokens,
+        rollout__max_resamples=rollout.max_resamples,
         train__token_budget=train.token_budget,
         train__timeout=train.timeout,
         optim__max_grad_norm=config.optim.max_grad_norm,

@@ -25,7 +25,8 @@ def evaluate(
     answers: list[tuple[int, str | None, bool]] = []
     label_sets = task.rows.label_sets()
     mine = range(world.rank, len(rows), world.size)
-    for start in range(0, len(mine), batch):
+    share = -(-len(rows) // world.size)
+    for start in range(0, share, batch):  # generation is a collective: equally often on all ranks
         indices = mine[start : start + batch]
         prompts = [task.prompt(rows[i])[0] for i in indices]
         groups = engine.generate(prompts, 1, params, seed=0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from crpo_fast.advantages import group_advantages
 from crpo_fast.batch import RolloutGroup, Row, SamplingParams
+from crpo_fast.dynamic_sampling import Resampling, has_signal
 from crpo_fast.metrics import Sums
 from crpo_fast.packing import Sequence
 from crpo_fast.rollout import Engine
@@ -18,11 +19,53 @@ from crpo_fast.timing import timer
 
 @dataclass(frozen=True)
 class Experience:
-    """One rank's part of one rollout, in rollout order."""
+    """One rank's part of one rollout, in rollout order.
+
+    Attributes:
+        sequences: what is trained on; ``group_size`` of each prompt side by side.
+        sums: metrics of this rank, of everything that was sampled.
+        samples: records for samples.jsonl.
+        num_sampled: tokens that were generated, dropped groups included.
+    """
 
     sequences: list[Sequence]
     sums: Sums
-    samples: list[dict[str, Any]] = field(default_factory=list)  # for samples.jsonl
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    num_sampled: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Sampled groups with their rewards: P prompts with G samples each."""
+
+    rows: list[Row]  # [P]
+    groups: list[RolloutGroup]  # [P]
+    completions: list[str]  # [P * G]
+    rewards: list[float]  # [P * G]
+    parts: dict[str, list[float | None]]  # by reward function, [P * G]
+
+    def with_signal(self) -> Scored:
+        """The groups whose rewards differ."""
+        size = len(self.rewards) // max(1, len(self.rows))
+        kept = [p for p in range(len(self.rows)) if has_signal(self.rewards[p * size :][:size])]
+        samples = [p * size + g for p in kept for g in range(size)]
+        return Scored(
+            [self.rows[p] for p in kept],
+            [self.groups[p] for p in kept],
+            [self.completions[i] for i in samples],
+            [self.rewards[i] for i in samples],
+            {name: [values[i] for i in samples] for name, values in self.parts.items()},
+        )
+
+    def joined(self, other: Scored) -> Scored:
+        """These groups, then those of ``other``."""
+        return Scored(
+            self.rows + other.rows,
+            self.groups + other.groups,
+            self.completions + other.completions,
+            self.rewards + other.rewards,
+            {name: values + other.parts.get(name, []) for name, values in self.parts.items()},
+        )
 
 
 def collect(
@@ -35,6 +78,8 @@ def collect(
     seed: int,
     scale: str,
     all_rewards: Callable[[list[float]], list[float]] = list,
+    mask_truncated: bool = False,
+    resampling: Resampling | None = None,
 ) -> Experience:
     """Sample ``group_size`` completions per row and turn them into sequences with advantages.
 
@@ -47,39 +92,100 @@ def collect(
         seed: of the sampling, a function of the run's seed, the step and the rank.
         scale: of the advantages.
         all_rewards: this rank's rewards -> those of all ranks; called by ``batch_std`` alone.
+        mask_truncated: a completion without an end token keeps its place and its reward in its
+            group, but is an empty one in the loss.
+        resampling: replaces groups without reward variance; None: they stay.
     """
     sums = Sums()
+    batch = _sample(task, engine, rows, group_size, params, seed, sums)
+    if resampling is not None:
+        batch = _replace(
+            batch,
+            resampling,
+            sums,
+            lambda rows, seed: _sample(task, engine, rows, group_size, params, seed, sums),
+        )
+    repeated = [row for row in batch.rows for _ in range(group_size)]
+    weights = None
+    if task.balance == "advantage":
+        weights = [task.balance_weights.get((r.dataset_id, r.label), 1.0) for r in repeated]
+    everywhere = all_rewards(batch.rewards) if scale == "batch_std" else None
+    advantages = group_advantages(
+        batch.rewards, group_size, scale=scale, weights=weights, batch=everywhere
+    )
+    sequences = _sequences(task, batch.groups, advantages, mask_truncated)
+    if mask_truncated:
+        sums.add_total("completions/masked", sum(not s.completion_ids for s in sequences))
+    sampled = int(sums.total("completions/length"))
+    return Experience(sequences, sums, _records(batch, advantages, sequences), sampled)
+
+
+def _sample(
+    task: Task,
+    engine: Engine,
+    rows: list[Row],
+    group_size: int,
+    params: SamplingParams,
+    seed: int,
+    sums: Sums,
+) -> Scored:
+    """One round of sampling and scoring, with its metrics; ``rows`` may be empty."""
     prompts = [task.prompt(row) for row in rows]
     with timer("generation"):
         groups = engine.generate([ids for ids, _ in prompts], group_size, params, seed)
+    if not rows:  # the call was for the other ranks
+        return Scored([], [], [], [], {})
     repeated = [row for row in rows for _ in range(group_size)]
     completions = [task.decode(s.token_ids) for g in groups for s in g.samples]
     with timer("reward"):
         table = task.score(repeated, completions)
-    weights = None
-    if task.balance == "advantage":
-        weights = [task.balance_weights.get((r.dataset_id, r.label), 1.0) for r in repeated]
-    batch = all_rewards(table.total) if scale == "batch_std" else None
-    advantages = group_advantages(
-        table.total, group_size, scale=scale, weights=weights, batch=batch
-    )
-    sequences = _sequences(task, groups, advantages)
     _add_rewards(sums, table, group_size)
     for _, truncated in prompts:
         sums.add("prompts/truncated", truncated > 0, 1)
     for sample in (s for g in groups for s in g.samples):
         sums.add("completions/length", len(sample.token_ids), 1)
         sums.add("completions/truncated", sample.finish_reason == "length", 1)
-    first = {
-        "prompt_tokens": len(prompts[0][0]),
-        "dataset_id": rows[0].dataset_id,
-        "answer": rows[0].label,
-        "completion": completions[0],
-        "rewards": {name: values[0] for name, values in table.parts.items()},
-        "advantage": advantages[0],
-        "stage_ids": sequences[0].stage_ids,
-    }
-    return Experience(sequences, sums, [first])
+    return Scored(rows, groups, completions, table.total, table.parts)
+
+
+def _replace(
+    batch: Scored,
+    resampling: Resampling,
+    sums: Sums,
+    sample: Callable[[list[Row], int], Scored],
+) -> Scored:
+    """Groups with reward variance alone, as many as in ``batch`` where the rounds suffice."""
+    wanted = sampled = len(batch.rows)
+    kept, rounds = batch.with_signal(), 1
+    while rounds <= resampling.max_rounds:
+        rows = resampling.rows(rounds, wanted - len(kept.rows))
+        if not resampling.all_max(len(rows)):  # nothing is missing, or the data are used up
+            break
+        kept = kept.joined(sample(rows, resampling.seed(rounds)).with_signal())
+        sampled, rounds = sampled + len(rows), rounds + 1
+    sums.add("groups/rounds", rounds, 1)
+    sums.add_total("groups/sampled", sampled)
+    sums.add_total("groups/dropped", sampled - len(kept.rows))
+    sums.add_total("groups/missing", wanted - len(kept.rows))
+    return kept
+
+
+def _records(
+    batch: Scored, advantages: list[float], sequences: list[Sequence]
+) -> list[dict[str, Any]]:
+    if not batch.rows:
+        return []
+    return [
+        {
+            "prompt_tokens": len(batch.groups[0].prompt_ids),
+            "dataset_id": batch.rows[0].dataset_id,
+            "answer": batch.rows[0].label,
+            "completion": batch.completions[0],
+            "rewards": {name: values[0] for name, values in batch.parts.items()},
+            "advantage": advantages[0],
+            "stage_ids": sequences[0].stage_ids,
+        }
+    ]
 
 
 def written(task: Task, rows: list[Row]) -> Experience:
@@ -90,18 +196,18 @@ def written(task: Task, rows: list[Row]) -> Experience:
     return Experience(sequences, sums)
 
 
-def _sequences(task: Task, groups: list[RolloutGroup], advantages: list[float]) -> list[Sequence]:
+def _sequences(
+    task: Task, groups: list[RolloutGroup], advantages: list[float], mask_truncated: bool
+) -> list[Sequence]:
     pairs = [(g.prompt_ids, s) for g in groups for s in g.samples]
-    return [
-        Sequence(
-            prompt_ids=prompt_ids,
-            completion_ids=sample.token_ids,
-            stage_ids=task.grammar.stage_ids(sample.token_ids, task.tokenizer),
-            rollout_logprobs=sample.logprobs,
-            advantage=advantage,
-        )
-        for (prompt_ids, sample), advantage in zip(pairs, advantages, strict=True)
-    ]
+    sequences = []
+    for (prompt_ids, sample), advantage in zip(pairs, advantages, strict=True):
+        ids, logprobs = sample.token_ids, sample.logprobs
+        if mask_truncated and sample.finish_reason == "length":
+            ids, logprobs = [], []
+        stage_ids = task.grammar.stage_ids(ids, task.tokenizer)
+        sequences.append(Sequence(prompt_ids, ids, stage_ids, logprobs, advantage))
+    return sequences
 
 
 def _add_rewards(sums: Sums, table: Any, group_size: int) -> None:
@@ -114,4 +220,4 @@ def _add_rewards(sums: Sums, table: Any, group_size: int) -> None:
             sums.add(f"reward/{name}", value or 0.0, value is not None)
     for i in range(0, len(table.total), group_size):
         group = table.total[i : i + group_size]
-        sums.add("reward/zero_std_groups", max(group) == min(group), 1)
+        sums.add("reward/zero_std_groups", not has_signal(group), 1)

@@ -45,6 +45,10 @@ class Sums:
         """The count behind the mean ``name``; 0 where there is none."""
         return self._pairs.get(name, [0.0, 0.0])[1]
 
+    def total(self, name: str) -> float:
+        """The sum behind the mean ``name``; 0 where there is none."""
+        return self._pairs.get(name, [0.0, 0.0])[0]
+
     def reduced(
         self,
         all_sum: Callable[[Tensor], Tensor],

@@ -310,8 +310,8 @@ def _tokens_and_seconds(batch: Experience, world: World) -> dict[str, float]:
     """
     seconds = timing.lap()
     seconds = distributed.largest({**seconds, "step": sum(seconds.values())}, world)
-    sampled = sum(len(s.completion_ids) for s in batch.sequences if s.rollout_logprobs is not None)
-    local = torch.tensor([sum(map(len, batch.sequences)), sampled], dtype=torch.float64)
+    lengths = sum(map(len, batch.sequences))
+    local = torch.tensor([lengths, batch.num_sampled], dtype=torch.float64)
     tokens, sampled = distributed.all_sum(local.to(world.device)).tolist()
     return {"tokens": tokens, **timing.rates(seconds, tokens, sampled)}
 

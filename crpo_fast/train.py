@@ -19,11 +19,13 @@ from collections.abc import Sequence  # noqa: E402
 import torch  # noqa: E402
 
 from crpo_fast import distributed, experience, outcome, run_folder, session  # noqa: E402
+from crpo_fast.batch import Row  # noqa: E402
 from crpo_fast.checkpoint import CheckpointError  # noqa: E402
 from crpo_fast.config import Config, ConfigError, PhaseConfig, parse_arguments  # noqa: E402
 from crpo_fast.console import Reporter  # noqa: E402
 from crpo_fast.data import DataError  # noqa: E402
 from crpo_fast.distributed import World  # noqa: E402
+from crpo_fast.dynamic_sampling import Resampling, further_rows, round_seed  # noqa: E402
 from crpo_fast.experience import Experience  # noqa: E402
 from crpo_fast.models import ModelError  # noqa: E402
 from crpo_fast.nonfinite import NonFiniteError  # noqa: E402
@@ -94,17 +96,44 @@ def gather(run: Run, phase: PhaseConfig, step: int) -> Experience:
         chosen = order(len(rows), config.seed, step * count, count)
         return experience.written(task, [rows[i] for i in chosen[world.rank :: world.size]])
     rows, count = task.rows.train, config.rollout.prompts_per_step
+    chosen = order(len(rows), config.seed, step * count, count)
     share = count // world.size
-    mine = order(len(rows), config.seed, step * count + world.rank * share, share)
     return experience.collect(
         task,
         run.session.engine,
-        [rows[i] for i in mine],
+        [rows[i] for i in chosen[world.rank * share :][:share]],
         group_size=config.rollout.group_size,
         params=run.session.sampling(),
         seed=_seed(config.seed, step, world.rank),
         scale=config.advantages.scale,
         all_rewards=lambda mine: [r for rs in distributed.all_gather(mine, world) for r in rs],
+        mask_truncated=config.rollout.mask_truncated,
+        resampling=_resampling(run, step, chosen) if config.rollout.dynamic_sampling else None,
+    )
+
+
+def _resampling(run: Run, step: int, used: list[int]) -> Resampling:
+    """Further prompts of a step whose first round has the rows ``used``, of all ranks."""
+    config, world, rows = run.config, run.session.world, run.session.task.rows.train
+
+    def further(round_: int, count: int) -> list[Row]:
+        indices = further_rows(
+            len(rows),
+            used,
+            seed=config.seed,
+            step=step,
+            round_=round_,
+            rank=world.rank,
+            world_size=world.size,
+            share=len(used) // world.size,
+        )
+        return [rows[i] for i in indices[:count]]
+
+    return Resampling(
+        max_rounds=config.rollout.max_resamples,
+        rows=further,
+        seed=lambda round_: round_seed(config.seed, step, round_, world.rank),
+        all_max=lambda value: distributed.all_max(value, world),
     )
 
 

@@ -41,6 +41,9 @@ class Engine(Protocol):
         The same weights and arguments give the same samples, another seed gives others. torch's
         global random state is afterwards what it was before.
 
+        On a sharded model this is a collective: every rank calls it equally often, with any number
+        of prompts, none included.
+
         Args:
             prompt_ids: token ids of each prompt, at least one.
             group_size: samples of one prompt.

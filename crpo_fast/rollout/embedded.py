@@ -75,9 +75,9 @@ class EmbeddedEngine(ABC):
             raise RolloutError(
                 "generate: the engine has no policy yet. Call engine.sync(policy, version) first."
             )
-        if not prompt_ids:
-            return []
-        with self._prepared():
+        with self._prepared():  # a collective, which a rank without prompts takes part in
+            if not prompt_ids:
+                return []
             completions = self._complete(prompt_ids, group_size, params, seed)
         expected = len(prompt_ids) * group_size
         if len(completions) != expected:
