@@ -21,7 +21,14 @@ from crpo_fast.config import Config, ConfigError, to_dict
 from crpo_fast.console import notice
 
 # sections and keys that may differ between the starts of one run
-_FREE = ("run", "checkpoint", "train.max_steps", "train.threads", "train.timeout")
+_FREE = (
+    "run",
+    "checkpoint",
+    "train.max_steps",
+    "train.threads",
+    "train.timeout",
+    "train.max_nonfinite",
+)
 
 
 @dataclass(frozen=True)

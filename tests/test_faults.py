@@ -1,17 +1,308 @@
-"""Injected faults and how a run must end: with a named cause, nothing lost, nothing hanging."""
+"""Injected faults and how the run must end: a named cause, nothing lost, nothing hanging.
+
+goes on    status 0: the fault is counted or named, everything after it is as it should be
+stops      status 1: one line says what to do, the state is saved or was saved, nothing is torn
+is refused status 2: one line says what to type, nothing has been written or changed
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parent.parent
+from crpo_fast import step, train
+from crpo_fast.alarm import EntropyAlarm, Verdict
+from crpo_fast.rollout.static import StaticEngine
+
 TINY = str(Path(__file__).with_name("tiny.toml"))
+Patch = pytest.MonkeyPatch
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``inject`` gets the monkeypatch and the run's folder, which stands after step 6 of 8."""
+
+    name: str
+    inject: Callable[[Patch, Path], None]
+    status: int
+    says: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    check: Callable[[Path], None] = lambda run_dir: None
+
+
+def nothing(patch: Patch, run_dir: Path) -> None:
+    """The arguments are the fault."""
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def complete(run_dir: Path) -> None:
+    assert [r["step"] for r in records(run_dir)] == list(range(1, 9))
+    assert (run_dir / "summary.json").exists()
+    assert (run_dir / "final" / "model.safetensors").exists()
+
+
+def at_step_6(run_dir: Path) -> None:
+    """The state before the fault is what is left."""
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_6"
+    assert not (run_dir / "summary.json").exists()
+
+
+# --- the engine
+
+
+def completions(change: Callable[[list[Any]], Any]) -> Callable[[Patch, Path], None]:
+    def inject(patch: Patch, run_dir: Path) -> None:
+        original = StaticEngine._complete
+        patch.setattr(StaticEngine, "_complete", lambda *a, **k: change(original(*a, **k)))
+
+    return inject
+
+
+def shifted(found: list[Any]) -> list[Any]:
+    for c in found:
+        c.logprobs[:] = [x - 1.0 for x in c.logprobs]
+    return found
+
+
+def not_finite(found: list[Any]) -> list[Any]:
+    found[1].logprobs[0] = math.nan
+    return found
+
+
+def without_tokens(found: list[Any]) -> list[Any]:
+    found[1].token_ids.clear()
+    found[1].logprobs.clear()
+    return found
+
+
+def logprobs_missing(found: list[Any]) -> list[Any]:
+    found[1].logprobs.pop()
+    return found
+
+
+ENGINE = [
+    Fault(
+        "other weights",
+        completions(shifted),
+        1,
+        ("the engine serves other weights", "1.0"),
+        (),
+        at_step_6,
+    ),
+    Fault(
+        "one completion lost",
+        completions(lambda f: f[:-1]),
+        1,
+        ("expected 4 completions, got 3",),
+        (),
+        at_step_6,
+    ),
+    Fault(
+        "no tokens",
+        completions(without_tokens),
+        1,
+        ("expected 1 to 16 tokens", "got 0"),
+        (),
+        at_step_6,
+    ),
+    Fault("a logprob lost", completions(logprobs_missing), 1, ("one logprob each",), (), at_step_6),
+    Fault("NaN logprob", completions(not_finite), 1, ("expected finite logprobs",), (), at_step_6),
+]
+
+# --- the mathematics
+
+
+def loss_times(factor: float, calls: range) -> Callable[[Patch, Path], None]:
+    def inject(patch: Patch, run_dir: Path) -> None:
+        original, seen = step.micro_batch_loss, 0
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            loss, stats = original(*args, **kwargs)
+            return (loss * factor if seen - 1 in calls else loss), stats
+
+        patch.setattr(step, "micro_batch_loss", wrapped)
+
+    return inject
+
+
+def infinite_gradient(patch: Patch, run_dir: Path) -> None:
+    original = step.micro_batch_loss
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        loss, stats = original(*args, **kwargs)
+        return loss + 0.0 * torch.sqrt(loss - loss), stats  # finite, with an infinite derivative
+
+    patch.setattr(step, "micro_batch_loss", wrapped)
+
+
+def one_skipped(run_dir: Path) -> None:
+    complete(run_dir)
+    assert [r["skipped"] for r in records(run_dir)[6:]] == [1, 0]
+    assert list((run_dir / "nonfinite").glob("step_7*"))
+
+
+def alarm(patch: Patch, run_dir: Path) -> None:
+    patch.setattr(EntropyAlarm, "update", lambda *_: Verdict((), "stage 'stimulus': explodes"))
+
+
+MATHEMATICS = [
+    Fault("NaN loss once", loss_times(math.nan, range(1)), 0, ("not finite",), (), one_skipped),
+    Fault(
+        "infinite loss once", loss_times(math.inf, range(1)), 0, ("not finite",), (), one_skipped
+    ),
+    Fault(
+        "NaN loss for ever",
+        loss_times(math.nan, range(99)),
+        1,
+        ("not finite", "optim.lr"),
+        ("--train.max_nonfinite", "2"),
+    ),
+    Fault(
+        "infinite gradient",
+        infinite_gradient,
+        1,
+        ("not finite", "optim.lr"),
+        ("--train.max_nonfinite", "2"),
+    ),
+    Fault("entropy explodes", alarm, 1, ("stage 'stimulus': explodes",)),
+]
+
+# --- the system
+
+
+def sent(number: int) -> Callable[[Patch, Path], None]:
+    def send(found: list[Any]) -> list[Any]:
+        os.kill(os.getpid(), number)
+        return found
+
+    return completions(send)
+
+
+def stopped_at_7(run_dir: Path) -> None:
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_7"
+    assert [r["step"] for r in records(run_dir)] == list(range(1, 8))
+
+
+def torn_line(patch: Patch, run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "phase": "crpo", "lo')
+
+
+SYSTEM = [
+    Fault(
+        "SIGTERM in generation",
+        sent(signal.SIGTERM),
+        0,
+        ("The same command continues",),
+        (),
+        stopped_at_7,
+    ),
+    Fault(
+        "SIGINT in generation",
+        sent(signal.SIGINT),
+        0,
+        ("The same command continues",),
+        (),
+        stopped_at_7,
+    ),
+    Fault("torn line of metrics", torn_line, 0, ("resumed from",), (), complete),
+]
+
+# --- what was typed
+
+TYPED = [
+    Fault(
+        "other config",
+        nothing,
+        2,
+        ("optim.lr: 0.01 -> 0.5", "--run.dir"),
+        ("--optim.lr", "0.5"),
+        at_step_6,
+    ),
+    Fault("no such model", nothing, 2, ("model.path",), ("--model.path", "no/such"), at_step_6),
+    Fault("no such data", nothing, 2, ("no/such",), ("--data.root", "no/such"), at_step_6),
+    Fault(
+        "no such reward",
+        nothing,
+        2,
+        ("nothing",),
+        ("--rewards.functions", "crpo_fast.rewards:nothing"),
+        at_step_6,
+    ),
+    Fault(
+        "one sample a group",
+        nothing,
+        2,
+        ("--rollout.group_size 4",),
+        ("--rollout.group_size", "1"),
+        at_step_6,
+    ),
+    Fault(
+        "budget too small",
+        nothing,
+        2,
+        ("--train.token_budget 112",),
+        ("--train.token_budget", "20"),
+        at_step_6,
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stands after step 6 of 8."""
+    run_dir = tmp_path_factory.mktemp("half") / "r"
+    assert train.main([TINY, "--run.dir", str(run_dir)]) == 0
+    for n in (7, 8):
+        shutil.rmtree(run_dir / "checkpoints" / f"step_{n}")
+    (run_dir / "checkpoints" / "latest").write_text("step_6")
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "final")
+    return run_dir
+
+
+@pytest.mark.parametrize("fault", [*ENGINE, *MATHEMATICS, *SYSTEM, *TYPED], ids=lambda f: f.name)
+def test_fault_and_its_ending(
+    fault: Fault,
+    half: Path,
+    tmp_path: Path,
+    monkeypatch: Patch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = tmp_path / "r"
+    shutil.copytree(half, run_dir)
+    fault.inject(monkeypatch, run_dir)
+    assert train.main([TINY, "--run.dir", str(run_dir), *fault.arguments]) == fault.status
+    out, err = capsys.readouterr()
+    said = err if fault.status else out + err
+    assert all(part in said for part in fault.says), said
+    if fault.status:
+        assert err.count("error: ") == 1
+    fault.check(run_dir)
+
+
 FAULTY = str(Path(__file__).with_name("faulty_train.py"))
+
+
+# --- one rank of two
 
 
 def launch(fault: str, run_dir: Path, *arguments: str, ranks: int = 2) -> tuple[str, str, float]:
