@@ -2,33 +2,49 @@
 
     checkpoints/step_<n>/   model.safetensors  optimizer.safetensors  state.json
     checkpoints/latest      the name of the newest one
+    checkpoints/best        the name of the best one (checkpoint.best), which is never pruned
 
 Weights and optimizer state are gathered to rank 0 and stored unsharded, so that a checkpoint can be
-resumed at any number of ranks. state.json is written last; a folder without it is not a checkpoint.
+resumed at any number of ranks. Nothing else is needed to go on to the bit: rows, seeds and learning
+rates are pure functions of (seed, step, rank), and all generators are seeded anew in every step.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from crpo_fast import checkpoint_files as files
 from crpo_fast import distributed
+from crpo_fast.checkpoint_files import CheckpointError as CheckpointError
 from crpo_fast.console import notice
 from crpo_fast.distributed import World
 
-_SEPARATOR = "|"  # between a parameter's name and the name of its optimizer tensor
+_NAME = re.compile(r"step_(0|[1-9][0-9]{0,11})")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or written; the message names it and says what to type."""
+class SaveError(RuntimeError):
+    """A file of the run could not be written; the message says what is left and what to type."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best step so far: its ``score`` in ``metric`` (weighted_f1: percent, or reward)."""
+
+    step: int
+    score: float
+    metric: str
 
 
 @dataclass(frozen=True)
@@ -40,9 +56,11 @@ class Progress:
         caps: for every phase begun so far, how many steps it ran (a capped run is a prefix of a
             longer one).
         seconds: wall time of the run so far.
-        controllers: their state, by name.
+        controllers: state of whatever adapts during a phase (alarm, entropy), by name.
         is_phase_end: the phase's last step is done; such checkpoints hold the KL reference of the
             next phase.
+        best: the best step so far, if any.
+        rewards: (sum, count) of the steps' mean rewards since the last regular checkpoint.
     """
 
     phase: int = 0
@@ -52,6 +70,8 @@ class Progress:
     seconds: float = 0.0
     is_phase_end: bool = False
     controllers: dict[str, Any] = field(default_factory=dict)
+    best: Best | None = None
+    rewards: tuple[float, int] = (0.0, 0)
 
 
 def save(
@@ -60,94 +80,260 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     world: World,
+    *,
+    veto: str = "",
 ) -> Path:
     """Write ``folder/step_<n>``; a collective, only rank 0 writes.
 
-    The tensors go to ``step_<n>.tmp``, are flushed to the disk, and the folder is renamed: a run
+    The files go to ``step_<n>.tmp``, are flushed to the disk, and the folder is renamed: a run
     that is killed while saving leaves the previous checkpoint as it was.
+
+    Args:
+        folder: of the checkpoints.
+        model: the (sharded) policy.
+        optimizer: of the phase.
+        progress: counters and controllers.
+        world: all ranks call this.
+        veto: why rank 0 must not save; "" = it may.
+
+    Raises:
+        SaveError: on all ranks; what was begun is removed, earlier checkpoints are as they were.
     """
     target = folder / f"step_{progress.step}"
     weights = distributed.model_state(model)
     state = distributed.optimizer_state(model, optimizer)
-    if world.is_main:
-        temporary = target.with_name(target.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_tensors(temporary / "model.safetensors", _unshared(weights))
-        _write_tensors(temporary / "optimizer.safetensors", _flatten(state["state"]))
-        _write_json(
-            temporary / "state.json",
-            {"progress": asdict(progress), "param_groups": state["param_groups"]},
-        )
-        if target.exists():  # the same step of an earlier start of this run
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _flush(folder)
-        _write_text(folder / "latest", target.name)
-    distributed.barrier()
+    failure = veto
+    if world.is_main and not failure:
+        try:
+            _write(target, weights, state, progress)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(_temporary(target), ignore_errors=True)
+            failure = f"{files.one_line(error)}; {_free(folder)}"
+    failure = distributed.all_gather(failure, world)[0]
+    if failure:
+        raise SaveError(f"{target} could not be written ({failure})")
     return target
 
 
+def _write(
+    target: Path, weights: dict[str, Tensor], state: dict[str, Any], progress: Progress
+) -> None:
+    temporary = _temporary(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files.write(
+        temporary,
+        _unshared(weights),
+        _flatten(state["state"]),
+        {"progress": asdict(progress), "param_groups": state["param_groups"]},
+    )
+    old = target.with_name(target.name + ".old")
+    if target.exists():  # the same step again: ``tidy`` puts it back if we die in between
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(temporary, target)
+    files.flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    files.write_text(target.parent / "latest", target.name)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(target.name + ".tmp")
+
+
+def _free(folder: Path) -> str:
+    usage = shutil.disk_usage(folder)
+    return f"{usage.free / 2**20:,.0f} MiB of {usage.total / 2**20:,.0f} MiB are free there"
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed save left behind; a checkpoint that was being replaced comes back."""
+    for old in folder.glob("step_*.old"):
+        target = old.with_suffix("")
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, target)
+    for temporary in folder.glob("*.tmp"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
+
+
 def load_progress(path: Path) -> Progress:
-    """Read the counters of a checkpoint.
+    """Check a whole checkpoint, checksums included, and read its counters.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
     """
+    return _progress(path, files.verify(path)["progress"])
+
+
+def _progress(path: Path, record: Any) -> Progress:
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        record: dict[str, Any] = state["progress"]
-        record["caps"] = tuple(record["caps"])
-        return Progress(**record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole checkpoint ({type(error).__name__}: {error}). "
-            "Type --run.resume <run>/checkpoints/step_<n> with one that has a state.json."
-        ) from error
+        progress = _parse(record)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(path, f"state.json: progress: {error}") from error
+    name = _NAME.fullmatch(path.name)
+    if name and int(name[1]) != progress.step:
+        raise CheckpointError(path, f"state.json is of step {progress.step}")
+    return progress
+
+
+def _parse(record: Any) -> Progress:
+    names = {f.name for f in fields(Progress)}
+    if not isinstance(record, dict) or record.keys() != names:
+        raise ValueError(f"expected {sorted(names)}, got {record!r}")
+    caps = record["caps"]
+    if not isinstance(caps, list):
+        raise ValueError(f"caps: expected a list, got {caps!r}")
+    counts = [record["phase"], record["phase_steps"], record["step"], *caps]
+    if not all(type(n) is int and 0 <= n < 10**12 for n in counts):
+        raise ValueError(f"expected counters, got {counts!r}")
+    if len(caps) != record["phase"] + 1 or caps[-1] != record["phase_steps"]:
+        raise ValueError(f"caps: expected {record['phase'] + 1} with the phase's steps, got {caps}")
+    if type(record["is_phase_end"]) is not bool or not isinstance(record["controllers"], dict):
+        raise ValueError("expected is_phase_end true or false and controllers as an object")
+    seconds, best, (total, count) = record["seconds"], record["best"], record["rewards"]
+    if best is not None:
+        best = Best(**best)
+        if type(best.step) is not int or not isinstance(best.metric, str):
+            raise ValueError(f"best: expected step, score and metric, got {best!r}")
+    numbers = [seconds, total, count, best.score if best else 0.0]
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+        raise ValueError(f"expected finite numbers, got {numbers!r}")
+    changes: dict[str, Any] = {"caps": tuple(caps), "best": best, "rewards": (total, count)}
+    return Progress(**{**record, **changes})
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """Load the weights of a checkpoint into a (sharded) model."""
-    weights = load_file(path / "model.safetensors")
+    """Load the weights of a checkpoint into a (sharded) model.
+
+    Raises:
+        CheckpointError: they are of another model.
+    """
+    weights = load_file(path / files.MODEL)
     if getattr(model.config, "tie_word_embeddings", False):
-        embedding = next(name for name in weights if name.endswith("embed_tokens.weight"))
-        weights["lm_head.weight"] = weights[embedding]
+        tied = [value for name, value in weights.items() if name.endswith("embed_tokens.weight")]
+        if tied:
+            weights["lm_head.weight"] = tied[0]
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    files.check_tensors(path, files.MODEL, weights, expected)
     distributed.load_model_state(model, weights)
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer state of a checkpoint."""
-    groups = json.loads((path / "state.json").read_text(encoding="utf-8"))["param_groups"]
+    """Load the optimizer state of a checkpoint; its settings stay those of the config.
+
+    Raises:
+        CheckpointError: it is the state of other parameters.
+    """
+    groups = files.read_state(path)["param_groups"]
+    shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    listed = sorted(name for group in groups for name in group["params"])
+    if listed != sorted(shapes) or len(groups) != len(optimizer.param_groups):
+        raise CheckpointError(path, "state.json: param_groups are those of another model")
     state: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(path / "optimizer.safetensors").items():
-        name, kind = key.split(_SEPARATOR)
+    for key, value in load_file(path / files.OPTIMIZER).items():
+        name, _, kind = key.partition(files.SEPARATOR)
         state.setdefault(name, {})[kind] = value
+    kinds = set().union(*state.values()) if state else set()
+    tensors = {f"{n} {k}": v for n, s in state.items() for k, v in s.items()}
+    expected = {
+        f"{n} {k}": torch.Size() if k == "step" else s for n, s in shapes.items() for k in kinds
+    }
+    files.check_tensors(path, files.OPTIMIZER, tensors, expected)
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     distributed.load_optimizer_state(model, optimizer, {"state": state, "param_groups": groups})
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
 
 
-def find(folder: Path) -> list[tuple[Path, Progress]]:
-    """All whole checkpoints below ``folder``, newest first; names others on stdout, skips them."""
-    found = []
-    for path in folder.glob("step_*"):
-        if path.suffix == ".tmp":
-            continue
+def listed(folder: Path) -> list[Path]:
+    """The folders that have the name of a checkpoint, newest first; none is looked into."""
+    named = [(m, p) for p in folder.glob("step_*") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(named, key=lambda pair: -int(pair[0][1]))]
+
+
+def find(folder: Path) -> Iterator[tuple[Path, Progress]]:
+    """Whole checkpoints below ``folder``, newest first; a line names each that is not."""
+    for path in listed(folder):
         try:
-            found.append((path, load_progress(path)))
+            yield path, load_progress(path)
         except CheckpointError as error:
-            notice(f"skipping {error}")
-    return sorted(found, key=lambda pair: -pair[1].step)
+            notice(f"skipping {path}: not a whole checkpoint ({error.why})")
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints; ends of phases (KL references) stay."""
-    for path, progress in find(folder)[max(1, keep) :]:
-        if not progress.is_phase_end:
+def phase_end(folder: Path, progress: Progress) -> Path | None:
+    """The whole checkpoint at the end of the phase before that of ``progress``, on the same way."""
+    step = sum(progress.caps[: progress.phase])
+    path = folder / f"step_{step}"
+    if progress.phase == 0 or not path.is_dir():
+        return None
+    end = load_progress(path)
+    same = end.is_phase_end and end.caps == progress.caps[: progress.phase]
+    return path if same else None
+
+
+def prune(folder: Path, keep: int, progress: Progress) -> None:
+    """Delete old checkpoints up to ``progress``.
+
+    The newest ``keep``, the best one and the ends of phases (KL references) stay.
+    """
+    ends = {sum(progress.caps[:n]) for n in range(1, progress.phase + 1)}
+    if progress.is_phase_end:
+        ends.add(progress.step)
+    kept = {*ends, progress.best.step} if progress.best else ends
+    done = [p for p in listed(folder) if _step(p) <= progress.step]
+    for path in done[max(1, keep) :]:
+        if _step(path) not in kept:
             shutil.rmtree(path)
+    for aside in folder.glob("step_*.aside"):  # the run has passed it again
+        if (name := _NAME.fullmatch(aside.stem)) and int(name[1]) <= progress.step:
+            shutil.rmtree(aside)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def mark_best(folder: Path, best: Best | None) -> None:
+    """Write ``folder/best``, or remove it when no checkpoint is the best yet."""
+    if best is None:
+        (folder / "best").unlink(missing_ok=True)
+    else:
+        files.write_text(folder / "best", f"step_{best.step}")
+
+
+def best_path(folder: Path) -> Path | None:
+    """The checkpoint that ``folder/best`` names; None: there is none, or it names anything else."""
+    file = folder / "best"
+    if not file.is_file():
+        return None
+    name = file.read_bytes()[:64].decode("ascii", "replace").strip()
+    return folder / name if _NAME.fullmatch(name) else None
+
+
+def set_aside(paths: list[Path]) -> None:
+    """Rename checkpoints to step_<n>.aside: the run goes another way before their step.
+
+    ``prune`` deletes them when the run has passed their step.
+    """
+    for path in paths:
+        aside = path.with_name(path.name + ".aside")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+
+
+def later(folder: Path, step: int) -> list[Path]:
+    """The folders named as checkpoints after ``step``, newest first."""
+    return [path for path in listed(folder) if _step(path) > step]
 
 
 def _flatten(state: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
     return {
-        f"{name}{_SEPARATOR}{kind}": value.contiguous()
+        f"{name}{files.SEPARATOR}{kind}": value.contiguous()
         for name, tensors in state.items()
         for kind, value in tensors.items()
     }
@@ -161,27 +347,3 @@ def _unshared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             seen.add(value.data_ptr())
             kept[name] = value.contiguous()
     return kept
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, path)
-    _flush(path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,7 +28,7 @@ DEFAULT_CONFIG = REPOSITORY / "configs" / "quickstart.toml"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives. ``resume``: auto | never | a checkpoint folder."""
+    """Where the run lives. ``resume``: auto | never | best | a checkpoint folder."""
 
     dir: str = "runs/default"
     resume: str = "auto"
@@ -251,10 +251,15 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """``every`` n steps (0: only at the end of a phase and on SIGTERM); the last ``keep`` stay."""
+    """``every`` n steps (0: only at the end of a phase and on SIGTERM); the last ``keep`` stay.
+
+    ``best``: which one is kept besides: weighted_f1 (of an evaluation during training) | reward
+    (mean since the checkpoint before) | none | auto (weighted_f1 with ``eval.every``, else reward).
+    """
 
     every: int = 50
     keep: int = 2
+    best: str = "auto"
 
 
 @dataclass(frozen=True)

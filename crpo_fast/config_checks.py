@@ -39,6 +39,7 @@ def check(config: Config) -> None:
     _choice("rollout.engine", config.rollout.engine, ("hf", "static"))
     if config.objective.aggregation is not None:
         _choice("objective.aggregation", config.objective.aggregation, AGGREGATIONS)
+    _check_checkpoint(config)
     _check_data(config)
     _check_rollout(config)
     _check_correction(config)
@@ -65,6 +66,22 @@ def _positive(**values: float) -> None:
             raise ConfigError(
                 f"{name.replace('__', '.')}: expected a positive number, got {value}."
             )
+
+
+def _check_checkpoint(config: Config) -> None:
+    settings = config.checkpoint
+    _choice("checkpoint.best", settings.best, ("auto", "weighted_f1", "reward", "none"))
+    _positive(checkpoint__keep=settings.keep)
+    if settings.every < 0:
+        raise ConfigError(
+            f"checkpoint.every: expected 0 (only at the end of a phase) or more, got "
+            f"{settings.every}. Type --checkpoint.every 50."
+        )
+    if settings.best == "weighted_f1" and not config.eval.every:
+        raise ConfigError(
+            "checkpoint.best: weighted_f1 needs evaluations during training, got eval.every 0. "
+            "Type --eval.every 50, or --checkpoint.best reward."
+        )
 
 
 def _check_data(config: Config) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crpo_fast.console import notice
+
 
 class Sums:
     """Means as (sum, count) pairs, totals, and extremes, by name.
@@ -96,16 +98,49 @@ def _larger(a: float, b: float) -> float:
 
 
 class JsonLines:
-    """Append-only JSONL; rank 0 writes, the others do nothing."""
+    """Append-only JSONL, in the order of ``step``; rank 0 writes, the others do nothing.
+
+    Lines that cannot be written (disk full) wait in memory for the next write; a checkpoint is
+    written only after all of them.
+    """
 
     def __init__(self, path: Path, *, enabled: bool = True) -> None:
         self.path, self.enabled = path, enabled
+        self._pending: list[str] = []
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line, flushed. Strict JSON: a number that is not finite is written as null."""
-        if self.enabled:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(strict(record), allow_nan=False) + "\n")
+        """One line, at once. Strict JSON: a number that is not finite is written as null."""
+        if not self.enabled:
+            return
+        first = not self._pending
+        self._pending.append(json.dumps(strict(record), allow_nan=False) + "\n")
+        failure = self._append()
+        if failure and first:
+            notice(f"warning: {failure}; its lines wait in memory")
+
+    def sync(self) -> str:
+        """Flush all lines to the disk; why that failed, or ""."""
+        if not self.enabled or not (self.path.exists() or self._pending):
+            return ""
+        return self._append(flush=True)
+
+    def _append(self, *, flush: bool = False) -> str:
+        data = "".join(self._pending).encode()
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                start, rest = file.tell(), memoryview(data)
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    if flush:
+                        os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(start)  # no torn line in the middle
+                    raise
+        except OSError as error:
+            return f"{self.path} could not be written ({error.strerror})"
+        self._pending.clear()
+        return ""
 
     def read(self) -> list[dict[str, Any]]:
         """All complete records."""
@@ -114,13 +149,39 @@ class JsonLines:
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]  # a torn last line has no newline
 
-    def keep(self, condition: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the records that a resumed run will write again (and a torn last line)."""
-        if self.enabled and self.path.exists():
-            kept = [r for r in self.read() if condition(r)]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+    def cut(self, step: int) -> None:
+        """Cut back to the records up to ``step``: a resumed run writes the later ones again.
+
+        A torn last line goes as well. If records up to ``step`` are lost, a line says so.
+        """
+        if not self.enabled or not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        end = last = 0
+        for line in data.splitlines(keepends=True):
+            found = _step_of(line)
+            if found is None or found > step:
+                break
+            end, last = end + len(line), found
+        if end == len(data):
+            return
+        rest = [_step_of(line) for line in data[end:].splitlines(keepends=True)]
+        lost = sum(s is not None and s <= step for s in rest)
+        if lost or (rest[0] is None and len(rest) > 1):
+            notice(
+                f"warning: {self.path}: cut after step {last}, an unreadable line follows it; "
+                f"{lost} records up to step {step} are lost"
+            )
+        os.truncate(self.path, end)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole line, None for anything else."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def strict(value: Any) -> Any:

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from crpo_fast import checkpoint, distributed, models, outcome, timing
+from crpo_fast import checkpoint, distributed, timing
 from crpo_fast.alarm import EntropyAlarm
-from crpo_fast.checkpoint import Progress
+from crpo_fast.checkpoint import Progress, SaveError
 from crpo_fast.config import Config, PhaseConfig
-from crpo_fast.console import Reporter, step_line
+from crpo_fast.console import Reporter, notice, step_line
 from crpo_fast.distributed import World
 from crpo_fast.evaluate import evaluate
 from crpo_fast.experience import Experience
@@ -29,8 +30,10 @@ from crpo_fast.metrics import JsonLines
 from crpo_fast.nonfinite import Guard, is_finite
 from crpo_fast.optim import build_optimizer
 from crpo_fast.policy import Policy
+from crpo_fast.results import Evaluations, write_results
 from crpo_fast.run_folder import Resume, RunFolder, advance, phase_lengths
-from crpo_fast.session import DTYPES, Session
+from crpo_fast.saving import Saver
+from crpo_fast.session import Session
 from crpo_fast.task import stratified
 from crpo_fast.updates import UpdatePlan
 
@@ -76,7 +79,7 @@ class Run:
         self.metrics = JsonLines(self.folder.path / "metrics.jsonl", enabled=main)
         self.samples = JsonLines(self.folder.path / "samples.jsonl", enabled=main)
         for log in (self.metrics, self.samples):
-            log.keep(lambda r: r["step"] <= self.resume.progress.step)
+            log.cut(self.progress.step)
         self.guard = Guard(
             self.config.train.max_nonfinite,
             self.folder.path / "nonfinite",
@@ -85,9 +88,16 @@ class Run:
         )
         if "nonfinite" in self.progress.controllers:
             self.guard.load_state_dict(self.progress.controllers["nonfinite"])
-        done = self.folder.read_evaluations()
-        step = self.progress.step  # later ones will be done again
-        self.evaluations = {name: e for name, e in done.items() if e["step"] <= step}
+        self.evaluations = Evaluations(self.folder, self.progress.step, enabled=main)
+        self.logs = (self.metrics, self.samples, self.evaluations)
+        self.saver = Saver(
+            self.config,
+            self.folder,
+            self.session.world,
+            self.reporter,
+            self.logs,
+            saved_step=self.progress.step if self.resume.is_own else -1,
+        )
 
     @property
     def seconds(self) -> float:
@@ -99,11 +109,11 @@ class Run:
         with timing.timer("sync"):
             self.session.engine.sync(self.session.policy.model, self.progress.step)
         if self.config.eval.untrained:
-            self.evaluate("untrained")
+            self.evaluate("untrained", step=0)
         lengths = phase_lengths(self.config)
         for index in range(self.progress.phase, len(lengths)):
             phase = _start(self, index, lengths[index])
-            if index == self._first_trained_by_reward():
+            if index == self._first_trained_by_reward() and self.progress.phase_steps == 0:
                 self.evaluate("before")
             yield phase
             self._end_phase(phase)
@@ -113,14 +123,24 @@ class Run:
         return kinds.index(True) if True in kinds else 0
 
     def _end_phase(self, phase: Phase) -> None:
-        if not self.progress.is_phase_end:
+        # a run that starts from another run's checkpoint has no end of that phase of its own
+        if not self.progress.is_phase_end or self.saver.saved_step != self.progress.step:
             self.progress = advance(self.progress, is_phase_end=True)
-            self.save(phase.optimizer)
+            self.save(phase.optimizer, regular=True)
 
-    def evaluate(self, name: str) -> dict[str, Any]:
-        """Evaluate once under ``name``; a resumed run reads the earlier result."""
-        if name in self.evaluations:
-            return self.evaluations[name]
+    def evaluate(self, name: str, *, step: int | None = None) -> dict[str, Any]:
+        """Evaluate the weights of now under ``name``; a resumed run reads the earlier result.
+
+        Args:
+            name: of the result.
+            step: that the weights are of; None = all steps so far.
+        """
+        step = self.progress.step if step is None else step
+        result = self.evaluations.get(name, step) or self._evaluate(name, step)
+        self.progress = self.saver.note_best(self.progress, self.scores())
+        return result
+
+    def _evaluate(self, name: str, step: int) -> dict[str, Any]:
         task, settings = self.session.task, self.config.eval
         rows = stratified(task.rows.test, 0 if settings.full else settings.limit)
         start = time.monotonic()
@@ -133,54 +153,53 @@ class Run:
                 self.session.world,
                 batch=settings.batch,
             )
-        self.evaluations[name] = {**result, "step": self.progress.step}
-        if self.session.world.is_main:
-            self.folder.write_json("evaluations.json", self.evaluations)
+        result = self.evaluations.add(name, step, result)
+        failure = self.evaluations.sync()
+        if failure:
+            notice(f"warning: {failure}; the results wait in memory")
         self.reporter.line(
             f"evaluation {name}: weighted F1 {result['weighted_f1']:.1f}, format "
             f"{result['format_rate']:.1f} % ({result['num_rows']} rows, "
             f"{time.monotonic() - start:.0f} s)"
         )
-        return self.evaluations[name]
+        return result
 
-    def save(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write a checkpoint and prune old ones."""
-        self.progress = advance(self.progress, seconds=self.seconds)
-        model, world = self.session.policy.model, self.session.world
+    def scores(self) -> dict[str, float]:
+        """Of the evaluation of the present weights, if there is one, by metric."""
+        return self.evaluations.scores(self.progress.step)
+
+    def save(self, optimizer: torch.optim.Optimizer, *, regular: bool = False) -> bool:
+        """Write a checkpoint and prune old ones; False: it could not be written."""
         with timing.timer("save"):
-            checkpoint.save(self.folder.checkpoints, model, optimizer, self.progress, world)
-            if world.is_main:
-                checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep)
+            self.progress = self.saver.save(
+                self.session.policy.model,
+                optimizer,
+                advance(self.progress, seconds=self.seconds),
+                scores=self.scores(),
+                regular=regular,
+            )
+        return self.saver.saved_step == self.progress.step
 
     def finish(self) -> None:
-        """Final evaluation, transformers export, summary.json, curves and the closing lines."""
+        """Final evaluation, transformers export, summary.json, curves and the closing lines.
+
+        Raises:
+            SaveError: on all ranks, if a file could not be written.
+        """
         after = self.evaluate("after")
-        before = self.evaluations.get("before", after)
-        state = distributed.model_state(self.session.policy.model)
+        weights = distributed.model_state(self.session.policy.model)
+        failure = ""
         if self.session.world.is_main:
-            final = self.folder.path / "final"
-            models.export_model(
-                self.session.policy.model,
-                self.session.task.tokenizer,
-                final,
-                state_dict=state,
-                dtype=DTYPES[self.config.model.compute_dtype],
+            try:
+                write_results(self, after, weights)
+            except (OSError, SafetensorError) as error:
+                failure = f"{self.folder.path}: the results could not be written ({error})"
+        failure = distributed.all_gather(failure, self.session.world)[0]
+        if failure:
+            raise SaveError(
+                f"{failure}. Free space, then type the same command: it continues from step "
+                f"{max(self.saver.saved_step, 0)}."
             )
-            summary = {
-                "seconds": round(self.seconds, 1),
-                "seed": self.config.seed,
-                "before": outcome.scores(before),
-                "after": outcome.scores(after),
-                "phase_steps": phase_lengths(self.config),
-            }
-            if "untrained" in self.evaluations:
-                summary["untrained"] = outcome.scores(self.evaluations["untrained"])
-            outcome.write_plots(
-                self.metrics.read(), self.session.task.grammar.names, self.folder.path / "plots"
-            )
-            self.folder.write_json("summary.json", summary)
-            outcome.show(summary, self.folder.path, self.reporter)
-        distributed.barrier()
 
 
 @dataclass
@@ -200,6 +219,8 @@ class Phase:
     def steps(self) -> Iterator[int]:
         """The 0-based steps of the phase that are not done."""
         self._clock, self._first = time.monotonic(), self.run.progress.phase_steps
+        if 0 < self._first < self.length:
+            self._evaluate(self._first)  # when a signal came before it
         timing.lap()  # the first step's seconds begin here
         for step in range(self._first, self.length):
             timing.begin_step(self.run.progress.step + 1)
@@ -215,7 +236,7 @@ class Phase:
             Stopped: a signal came (the state is saved).
         """
         run = self.run
-        session, config = run.session, run.config
+        session = run.session
         caps = (*run.progress.caps[: self.index], step + 1)
         run.progress = advance(
             run.progress,
@@ -229,20 +250,29 @@ class Phase:
         with timing.timer("sync"):
             session.engine.sync(session.policy.model, run.progress.step)
         self._log(step, metrics, batch)
+        run.progress = run.saver.count_reward(run.progress, metrics.get("reward"))
         self._check_finite()
         self._check(step, metrics)
-        stopped = distributed.all_max(run.stop.received, session.world)
+        self._evaluate_and_save(step + 1)
+
+    def _evaluate_and_save(self, done: int) -> None:
+        run, config = self.run, self.run.config
         every = config.checkpoint.every
-        if stopped or (every and run.progress.step % every == 0 and step + 1 < self.length):
-            run.save(self.optimizer)
-        if stopped:
-            raise Stopped(f"signal {stopped}")
-        if (
-            config.eval.every
-            and self.config.algorithm != "sft"
-            and (step + 1) % config.eval.every == 0
-        ):
-            run.evaluate(f"step_{run.progress.step}")
+        is_due = bool(every) and run.progress.step % every == 0 and done < self.length
+        signum = distributed.all_max(run.stop.received, run.session.world)
+        if signum:  # the evaluation follows when the run continues
+            if not run.save(self.optimizer, regular=is_due):
+                raise SaveError(f"stopped by signal {signum}; step {run.progress.step} is lost")
+            raise Stopped(f"signal {signum}")
+        self._evaluate(done)
+        is_best = done < self.length and run.saver.is_best(run.progress, run.scores())
+        if is_due or is_best:
+            run.save(self.optimizer, regular=is_due)
+
+    def _evaluate(self, done: int) -> None:
+        every = self.run.config.eval.every
+        if every and self.config.algorithm != "sft" and done % every == 0:
+            self.run.evaluate(f"step_{self.run.progress.step}")
 
     def _check_finite(self) -> None:
         run = self.run

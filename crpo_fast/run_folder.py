@@ -1,7 +1,7 @@
 """The run folder: one config, its checkpoints, what was logged, and how far it got.
 
 runs/<name>/  config.toml  metrics.jsonl  samples.jsonl  evaluations.json  summary.json
-              data/  tokenizer/  plots/  checkpoints/  final/
+              data/  tokenizer/  plots/  checkpoints/  final/  lock (while a run uses the folder)
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any
 
 import tomli_w
 
-from crpo_fast import checkpoint
-from crpo_fast.checkpoint import Progress
+from crpo_fast import checkpoint, distributed
+from crpo_fast.checkpoint import CheckpointError, Progress
 from crpo_fast.config import Config, ConfigError, to_dict
 from crpo_fast.console import notice
+from crpo_fast.distributed import World
+from crpo_fast.lock import RunLock
+from crpo_fast.loss import loss_spec
 
 # sections and keys that may differ between the starts of one run
 _FREE = (
@@ -47,10 +50,11 @@ class RunFolder:
         file = self.path / "summary.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-    def read_evaluations(self) -> dict[str, Any]:
-        """Evaluations done so far, by name."""
+    def read_evaluations(self, step: int) -> dict[str, Any]:
+        """Evaluations up to ``step``, by name; later ones will be done again."""
         file = self.path / "evaluations.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return {name: e for name, e in done.items() if e["step"] <= step}
 
     def write_json(self, name: str, value: Any) -> None:
         """Write ``name`` whole or not at all."""
@@ -60,35 +64,120 @@ class RunFolder:
         temporary.replace(file)
 
 
-def prepare(config: Config) -> RunFolder:
-    """Make or check the folder (rank 0 only).
+@dataclass(frozen=True)
+class Resume:
+    """Where to continue.
 
-    A folder with another config is refused; ``resume = never`` moves what is there aside.
+    Attributes:
+        progress: of the checkpoint.
+        path: the checkpoint; None = at the start.
+        phase_start: the checkpoint that holds the weights the phase began with, if any.
+        other_way: later whole checkpoints of the folder that are not on the way from here.
+        is_own: the checkpoint lies in the folder of the run.
+    """
+
+    progress: Progress
+    path: Path | None = None
+    phase_start: Path | None = None
+    other_way: tuple[Path, ...] = ()
+    is_own: bool = False
+
+
+@dataclass
+class Opened:
+    """A run folder that is ours: where to go on, or the summary of a finished run.
+
+    Attributes:
+        folder, resume: the paths and the point to continue from.
+        summary: of a finished run; None = there is something to do.
+        lock: rank 0's; None on the others.
+    """
+
+    folder: RunFolder
+    resume: Resume
+    summary: dict[str, Any] | None = None
+    lock: RunLock | None = None
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        if self.lock is not None:
+            self.lock.release()
+
+
+def open_run(config: Config, world: World) -> Opened:
+    """Lock, check and prepare the folder, find where to go on. A collective.
+
+    Rank 0 alone looks and decides, the others are told: what is refused is refused on all ranks,
+    and what is skipped is named once.
 
     Raises:
-        ConfigError: names the keys that differ and what to type.
+        ConfigError: the folder is in use, or of another run, or cannot be written.
+        CheckpointError: ``run.resume`` names a checkpoint that is not whole.
     """
+    opened, failure = None, None
+    if world.is_main:
+        try:
+            opened = _open(config)
+        except (ConfigError, CheckpointError) as error:
+            failure = error
+        except OSError as error:
+            failure = ConfigError(
+                f"run.dir: expected a folder that can be written, got {config.run.dir} ({error}). "
+                "Type --run.dir <new folder>."
+            )
+    told = None if opened is None else replace(opened, lock=None)
+    told, message = distributed.all_gather((told, str(failure or "")), world)[0]
+    if message:
+        raise failure or ConfigError(message)
+    return opened or told
+
+
+def _open(config: Config) -> Opened:
     folder = RunFolder(Path(config.run.dir))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(folder.path)  # before anything here is read or changed
+    try:
+        if config.run.resume == "never" and (folder.path / "config.toml").exists():
+            lock = _move_aside(folder, lock)
+        return _prepare(config, folder, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _move_aside(folder: RunFolder, lock: RunLock) -> RunLock:
+    old = folder.path.with_name(f"{folder.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.path.rename(old)
+    folder.path.mkdir()
+    (old / "lock").unlink(missing_ok=True)
+    lock.release()
+    notice(f"run.resume never: moved the earlier run to {old}")
+    return RunLock(folder.path)
+
+
+def _prepare(config: Config, folder: RunFolder, lock: RunLock) -> Opened:
     saved = folder.path / "config.toml"
-    if saved.exists() and config.run.resume == "never":
-        old = folder.path.with_name(f"{folder.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.path.rename(old)
-        notice(f"run.resume never: moved the earlier run to {old}")
     if saved.exists():
         _refuse_other_config(config, saved)
-    elif folder.path.exists() and any(folder.path.iterdir()):
+    elif any(p.name != "lock" for p in folder.path.iterdir()):
         raise ConfigError(
             f"run.dir: expected an empty folder or a run, got {folder.path} with other files in "
             "it. Type --run.dir <new folder>."
         )
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    folder.checkpoints.mkdir(exist_ok=True)
+    checkpoint.tidy(folder.checkpoints)
+    resume, summary = resume_point(config, folder), folder.summary()
+    goes_back = config.run.resume != "auto" and resume.is_own
+    if summary and summary["phase_steps"] == phase_lengths(config) and not goes_back:
+        return Opened(folder, resume, summary, lock)
     saved.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
-    return folder
-
-
-def existing(config: Config) -> RunFolder:
-    """The folder that rank 0 prepared."""
-    return RunFolder(Path(config.run.dir))
+    (folder.path / "summary.json").unlink(missing_ok=True)  # it is not finished any more
+    if resume.other_way:
+        names = ", ".join(p.name for p in resume.other_way)
+        notice(f"going on from step {resume.progress.step}: renamed {names} to step_<n>.aside")
+        checkpoint.set_aside(list(resume.other_way))
+    checkpoint.mark_best(folder.checkpoints, resume.progress.best)
+    return Opened(folder, resume, None, lock)
 
 
 def _refuse_other_config(config: Config, saved: Path) -> None:
@@ -123,43 +212,55 @@ def phase_lengths(config: Config) -> list[int]:
     return [min(p.steps, cap) if cap else p.steps for p in config.phases]
 
 
-@dataclass(frozen=True)
-class Resume:
-    """Where to continue.
-
-    Attributes:
-        progress: of the checkpoint.
-        path: the checkpoint; None = at the start.
-        phase_start: the checkpoint that holds the weights the phase began with, if any.
-    """
-
-    progress: Progress
-    path: Path | None = None
-    phase_start: Path | None = None
-
-
 def resume_point(config: Config, folder: RunFolder) -> Resume:
-    """The newest checkpoint that is a prefix of the run that is asked for.
+    """The newest whole checkpoint that is a prefix of the run that is asked for.
 
-    A longer ``train.max_steps`` continues from the last checkpoint that both runs share.
+    A longer ``train.max_steps`` continues from the last checkpoint that both runs share. A line
+    names every checkpoint that is skipped, and why.
+
+    Raises:
+        CheckpointError: ``run.resume`` names one that is not whole.
+        ConfigError: it names one that is not on the way of this config, or there is no best one.
     """
     if config.run.resume == "never":
         return Resume(Progress())
     lengths = phase_lengths(config)
-    found = checkpoint.find(folder.checkpoints)
     if config.run.resume != "auto":
-        path = Path(config.run.resume)
+        path = _named(config, folder)
         progress = checkpoint.load_progress(path)
         if not _is_prefix(progress, lengths):
             raise ConfigError(
                 f"run.resume: {path} (phase {progress.phase}, step {progress.phase_steps}) is not "
                 "on the way of this config. Type --train.max_steps as in the run that wrote it."
             )
-        return _resume(path, progress, found)
-    for path, progress in found:
-        if _is_prefix(progress, lengths):
-            return _resume(path, progress, found)
-    return Resume(Progress())
+        resume = _with_reference(config, path, progress)
+        is_own = path.resolve().parent == folder.checkpoints.resolve()
+        later = checkpoint.later(folder.checkpoints, progress.step)
+        return replace(resume, other_way=tuple(later), is_own=is_own)
+    other_way: list[Path] = []
+    for path, progress in checkpoint.find(folder.checkpoints):
+        if not _is_prefix(progress, lengths):
+            other_way.append(path)
+            continue
+        try:
+            resume = _with_reference(config, path, progress)
+        except CheckpointError as error:
+            notice(f"skipping {path}: {error.why}")
+        else:
+            return replace(resume, other_way=tuple(other_way), is_own=True)
+    return Resume(Progress(), other_way=tuple(other_way))
+
+
+def _named(config: Config, folder: RunFolder) -> Path:
+    if config.run.resume != "best":
+        return Path(config.run.resume)
+    path = checkpoint.best_path(folder.checkpoints)
+    if path is None:
+        raise ConfigError(
+            f"run.resume: expected a best checkpoint, got none in {folder.checkpoints}. Type "
+            "--run.resume auto for the newest one."
+        )
+    return path
 
 
 def _is_prefix(progress: Progress, lengths: list[int]) -> bool:
@@ -171,9 +272,16 @@ def _is_prefix(progress: Progress, lengths: list[int]) -> bool:
     )
 
 
-def _resume(path: Path, progress: Progress, found: list[tuple[Path, Progress]]) -> Resume:
-    ends = {p.phase: q for q, p in found if p.is_phase_end}
-    return Resume(progress, path, ends.get(progress.phase - 1))
+def _with_reference(config: Config, path: Path, progress: Progress) -> Resume:
+    """The resume point with the start of its phase, which the KL reference needs."""
+    phase = config.phases[progress.phase]
+    needed = progress.phase > 0 and loss_spec(config, phase, []).objective.kl_coef > 0
+    start = checkpoint.phase_end(path.parent, progress) if needed else None
+    if needed and start is None:
+        raise CheckpointError(
+            path, f"the end of phase {progress.phase}, its KL reference, is not beside it"
+        )
+    return Resume(progress, path, start)
 
 
 def advance(progress: Progress, **changes: Any) -> Progress:

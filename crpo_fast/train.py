@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from crpo_fast import distributed, experience, outcome, run_folder, session  # noqa: E402
 from crpo_fast.batch import Row  # noqa: E402
-from crpo_fast.checkpoint import CheckpointError  # noqa: E402
+from crpo_fast.checkpoint import CheckpointError, SaveError  # noqa: E402
 from crpo_fast.config import Config, ConfigError, PhaseConfig, parse_arguments  # noqa: E402
 from crpo_fast.console import Reporter  # noqa: E402
 from crpo_fast.data import DataError  # noqa: E402
@@ -41,13 +41,21 @@ from crpo_fast.phases import (  # noqa: E402
 from crpo_fast.policy import UnsupportedModelError  # noqa: E402
 from crpo_fast.rewards import RewardError  # noqa: E402
 from crpo_fast.rollout import RolloutError  # noqa: E402
+from crpo_fast.run_folder import Opened  # noqa: E402
 from crpo_fast.step import micro_batches  # noqa: E402
 from crpo_fast.task import build_grammar, load_rewards, order  # noqa: E402
 from crpo_fast.timing import timer  # noqa: E402
 from crpo_fast.updates import add_old_logprobs, run_updates  # noqa: E402
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, ModelError, UnsupportedModelError)
-RUN_ERRORS = (EntropyExplosionError, MismatchError, NonFiniteError, RewardError, RolloutError)
+RUN_ERRORS = (
+    EntropyExplosionError,
+    MismatchError,
+    NonFiniteError,
+    RewardError,
+    RolloutError,
+    SaveError,
+)
 
 
 def train(run: Run) -> None:
@@ -144,23 +152,36 @@ def _seed(seed: int, step: int, rank: int) -> int:
 def run(config: Config, world: World, reporter: Reporter) -> None:
     """Open the run folder, continue where it stands, train."""
     started, stop = time.monotonic(), StopSignal()
-    with distributed.main_first(world):
-        folder = run_folder.prepare(config) if world.is_main else run_folder.existing(config)
-    summary = folder.summary()
-    if summary is not None and summary["phase_steps"] == run_folder.phase_lengths(config):
-        reporter.line(f"{folder.path} is finished (--run.resume never starts again)")
-        if world.is_main:
-            outcome.show(summary, folder.path, reporter)
-        return
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    resume = run_folder.resume_point(config, folder)
+    opened = run_folder.open_run(config, world)
+    try:
+        if opened.summary is not None:
+            path = opened.folder.path
+            reporter.line(f"{path} is finished (--run.resume never starts again)")
+            if world.is_main:
+                outcome.show(opened.summary, path, reporter)
+            return
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        _run(config, world, opened, reporter, stop, started)
+    finally:
+        opened.close()
+
+
+def _run(
+    config: Config,
+    world: World,
+    opened: Opened,
+    reporter: Reporter,
+    stop: StopSignal,
+    started: float,
+) -> None:
+    folder = opened.folder
     with timer("load"):
         built = session.build(config, world, folder.path)
     for line in built.describe():
         reporter.line(line)
     try:
-        train(Run(config, built, folder, resume, reporter, stop, started))
+        train(Run(config, built, folder, opened.resume, reporter, stop, started))
     except Stopped as reason:
         reporter.line(
             f"stopped by {reason}; saved. The same command continues: --run.dir {folder.path}"

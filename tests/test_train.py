@@ -156,7 +156,7 @@ def test_resume_never_moves_the_old_run_aside(finished: Path, tmp_path: Path) ->
 
 def test_checkpoints_are_pruned_but_phase_ends_stay(finished: Path) -> None:
     names = {p.name for p in (finished / "checkpoints").iterdir()}
-    assert names == {"latest", "step_4", "step_6", "step_7", "step_8"}
+    assert names == {"best", "latest", "step_4", "step_6", "step_7", "step_8"}
     assert (finished / "checkpoints" / "latest").read_text() == "step_8"
 
 
