@@ -250,6 +250,20 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """What samples.jsonl records for the trace viewer of report.html (0: nothing).
+
+    ``trace_samples`` rollouts every ``trace_every`` steps, ``probe_prompts`` fixed test rows
+    answered greedily every ``probe_every`` steps; later in a long run less often (`traces`).
+    """
+
+    trace_every: int = 5
+    trace_samples: int = 4
+    probe_every: int = 10
+    probe_prompts: int = 4
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """``every`` n steps (0: only at the end of a phase and on SIGTERM); the last ``keep`` stay.
 
@@ -293,6 +307,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
 
 

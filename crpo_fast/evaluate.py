@@ -19,8 +19,8 @@ def evaluate(
 
     Returns:
         weighted_f1, accuracy, macro_f1, format_rate, parse_rate (percent; means over data sets,
-        format and parse rate over rows), per_dataset {name: the same, support, confusion},
-        num_rows.
+        format and parse rate over rows), per_dataset {name: the same, support, confusion,
+        predictions {gold: [labels], predicted: [labels or None]}}, num_rows.
     """
     answers: list[tuple[int, str | None, bool]] = []
     label_sets = task.rows.label_sets()
@@ -42,6 +42,9 @@ def evaluate(
     well_formed = [a[2] for a in everyone]
     result["format_rate"] = 100.0 * sum(well_formed) / len(rows)
     for name, scores in result["per_dataset"].items():
+        of_set = [(g, a[1]) for g, a, n in zip(gold, everyone, names, strict=True) if n == name]
+        golds, guesses = zip(*of_set, strict=True)
+        scores["predictions"] = {"gold": list(golds), "predicted": list(guesses)}
         flags = [ok for ok, n in zip(well_formed, names, strict=True) if n == name]
         scores["format_rate"] = 100.0 * sum(flags) / len(flags)
     result["num_rows"] = len(rows)

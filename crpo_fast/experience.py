@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crpo_fast.advantages import group_advantages
@@ -15,6 +15,7 @@ from crpo_fast.packing import Sequence
 from crpo_fast.rollout import Engine
 from crpo_fast.task import Task
 from crpo_fast.timing import timer
+from crpo_fast.traces import TokenTrace, choose, sample_record
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Experience:
     Attributes:
         sequences: what is trained on; ``group_size`` of each prompt side by side.
         sums: metrics of this rank, of everything that was sampled.
-        samples: records for samples.jsonl.
         num_sampled: tokens that were generated, dropped groups included.
+        trace: of some sequences, on rank 0, for samples.jsonl.
     """
 
     sequences: list[Sequence]
     sums: Sums
-    samples: list[dict[str, Any]] = field(default_factory=list)
     num_sampled: int = 0
+    trace: TokenTrace | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def collect(
     all_rewards: Callable[[list[float]], list[float]] = list,
     mask_truncated: bool = False,
     resampling: Resampling | None = None,
+    num_traced: int = 0,
 ) -> Experience:
     """Sample ``group_size`` completions per row and turn them into sequences with advantages.
 
@@ -95,6 +97,7 @@ def collect(
         mask_truncated: a completion without an end token keeps its place and its reward in its
             group, but is an empty one in the loss.
         resampling: replaces groups without reward variance; None: they stay.
+        num_traced: completions whose tokens are recorded.
     """
     sums = Sums()
     batch = _sample(task, engine, rows, group_size, params, seed, sums)
@@ -117,7 +120,7 @@ def collect(
     if mask_truncated:
         sums.add_total("completions/masked", sum(not s.completion_ids for s in sequences))
     sampled = int(sums.total("completions/length"))
-    return Experience(sequences, sums, _records(batch, advantages, sequences), sampled)
+    return _traced(Experience(sequences, sums, sampled), task, batch, num_traced)
 
 
 def _sample(
@@ -170,22 +173,29 @@ def _replace(
     return kept
 
 
-def _records(
-    batch: Scored, advantages: list[float], sequences: list[Sequence]
-) -> list[dict[str, Any]]:
-    if not batch.rows:
-        return []
-    return [
-        {
-            "prompt_tokens": len(batch.groups[0].prompt_ids),
-            "dataset_id": batch.rows[0].dataset_id,
-            "answer": batch.rows[0].label,
-            "completion": batch.completions[0],
-            "rewards": {name: values[0] for name, values in batch.parts.items()},
-            "advantage": advantages[0],
-            "stage_ids": sequences[0].stage_ids,
-        }
-    ]
+def _traced(batch: Experience, task: Task, scored: Scored, count: int) -> Experience:
+    """The same experience with a trace of ``count`` completions, whose sequences know it."""
+    if not count or not scored.rows:
+        return batch
+    samples = [s for g in scored.groups for s in g.samples]
+    group_size = len(scored.groups[0].samples)
+    sequences, records, place, lengths = list(batch.sequences), [], 0, []
+    for i in choose(scored.rewards, group_size, count):
+        sequences[i] = replace(sequences[i], trace=place)
+        lengths.append(len(sequences[i].completion_ids))
+        place += lengths[-1]
+        record = sample_record(
+            task,
+            scored.rows[i // group_size],
+            samples[i],
+            kind="sample",
+            prompt=i // group_size,
+            rewards={name: values[i] for name, values in scored.parts.items()},
+            reward=scored.rewards[i] if math.isfinite(scored.rewards[i]) else None,
+            advantage=sequences[i].advantage,
+        )
+        records.append(record)
+    return replace(batch, sequences=sequences, trace=TokenTrace(records, lengths))
 
 
 def written(task: Task, rows: list[Row]) -> Experience:

@@ -39,6 +39,7 @@ class Sequence:
     stage_ids: list[int]
     rollout_logprobs: list[float] | None = None
     advantage: float = 0.0
+    trace: int = -1  # place of the first token in the step's TokenTrace; -1: not traced
 
     def __post_init__(self) -> None:
         """Vectors of other lengths would give a token the values of another one."""

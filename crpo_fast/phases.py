@@ -30,11 +30,13 @@ from crpo_fast.metrics import JsonLines
 from crpo_fast.nonfinite import Guard, is_finite
 from crpo_fast.optim import build_optimizer
 from crpo_fast.policy import Policy
+from crpo_fast.probes import Probes
 from crpo_fast.results import Evaluations, write_results
 from crpo_fast.run_folder import Resume, RunFolder, advance, phase_lengths
 from crpo_fast.saving import Saver
 from crpo_fast.session import Session
 from crpo_fast.task import stratified
+from crpo_fast.traces import is_due
 from crpo_fast.updates import UpdatePlan
 
 
@@ -98,6 +100,7 @@ class Run:
             self.logs,
             saved_step=self.progress.step if self.resume.is_own else -1,
         )
+        self.probes = Probes(self.session, self.samples)
 
     @property
     def seconds(self) -> float:
@@ -142,6 +145,7 @@ class Run:
 
     def _evaluate(self, name: str, step: int) -> dict[str, Any]:
         task, settings = self.session.task, self.config.eval
+        self.probes.answer(step)
         rows = stratified(task.rows.test, 0 if settings.full else settings.limit)
         start = time.monotonic()
         with timing.timer("evaluation"):
@@ -253,21 +257,23 @@ class Phase:
         run.progress = run.saver.count_reward(run.progress, metrics.get("reward"))
         self._check_finite()
         self._check(step, metrics)
+        if self.config.algorithm != "sft" and is_due(step + 1, run.config.report.probe_every):
+            run.probes.answer(run.progress.step)
         self._evaluate_and_save(step + 1)
 
     def _evaluate_and_save(self, done: int) -> None:
         run, config = self.run, self.run.config
         every = config.checkpoint.every
-        is_due = bool(every) and run.progress.step % every == 0 and done < self.length
+        regular = bool(every) and run.progress.step % every == 0 and done < self.length
         signum = distributed.all_max(run.stop.received, run.session.world)
         if signum:  # the evaluation follows when the run continues
-            if not run.save(self.optimizer, regular=is_due):
+            if not run.save(self.optimizer, regular=regular):
                 raise SaveError(f"stopped by signal {signum}; step {run.progress.step} is lost")
             raise Stopped(f"signal {signum}")
         self._evaluate(done)
         is_best = done < self.length and run.saver.is_best(run.progress, run.scores())
-        if is_due or is_best:
-            run.save(self.optimizer, regular=is_due)
+        if regular or is_best:
+            run.save(self.optimizer, regular=regular)
 
     def _evaluate(self, done: int) -> None:
         every = self.run.config.eval.every
@@ -325,8 +331,9 @@ class Phase:
         record = {"step": run.progress.step, "phase": self.config.algorithm, "phase_step": step + 1}
         record["lr"] = self.optimizer.param_groups[0]["lr"]
         run.metrics.write({**record, **metrics})
-        for sample in batch.samples:
-            run.samples.write({**record, **sample})
+        if batch.trace is not None:
+            for sample in batch.trace.records():
+                run.samples.write({**record, **sample})
         eta = elapsed / done * (self.length - step - 1)
         line = step_line(self.config.algorithm, step + 1, self.length, metrics, eta)
         run.reporter.step(line, last=step + 1 == self.length)

@@ -27,6 +27,7 @@ from crpo_fast.loss import loss_spec
 _FREE = (
     "run",
     "checkpoint",
+    "report",
     "train.max_steps",
     "train.threads",
     "train.timeout",

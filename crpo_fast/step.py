@@ -16,6 +16,7 @@ from crpo_fast.mismatch import add_mismatch
 from crpo_fast.packing import MicroBatch, Sequence, dummy, pack
 from crpo_fast.policy import Policy
 from crpo_fast.timing import timer
+from crpo_fast.traces import TokenTrace, positions
 
 
 def micro_batches(
@@ -41,6 +42,7 @@ def micro_batches(
         world_size=world.size,
         dtype=next(policy.model.parameters()).dtype,
     )
+    flat["trace"] = positions(sequences)
     batches = [b.attach(**flat) for b in pack(sequences, token_budget, layout=layout)]
     empty = {name: None if v is None else v[:0] for name, v in flat.items()}
     missing = max(1, distributed.all_max(len(batches), world)) - len(batches)
@@ -87,7 +89,7 @@ class Update:
 
 
 def accumulate(
-    policy: Policy, batches: list[MicroBatch], spec: LossSpec
+    policy: Policy, batches: list[MicroBatch], spec: LossSpec, trace: TokenTrace | None = None
 ) -> tuple[float, Sums, list[Tensor]]:
     """Forward and backward of all micro-batches.
 
@@ -107,6 +109,8 @@ def accumulate(
         total += float(loss.detach())
         logprobs.append(stats.logprobs)
         _add_stats(sums, stats, batch, spec)
+        if trace is not None:
+            trace.add(batch, stats, policy.world.size)
     return total, sums, logprobs
 
 
@@ -117,6 +121,7 @@ def optimizer_step(
     spec: LossSpec,
     *,
     max_grad_norm: float,
+    trace: TokenTrace | None = None,
 ) -> Update:
     """One update. It is skipped, on all ranks alike, when it is empty or not finite.
 
@@ -124,7 +129,7 @@ def optimizer_step(
     """
     world = policy.world
     optimizer.zero_grad(set_to_none=True)
-    loss, sums, logprobs = accumulate(policy, batches, spec)
+    loss, sums, logprobs = accumulate(policy, batches, spec, trace)
     with timer("optimizer"):
         norm = distributed.clip_grad_norm(policy.model, max_grad_norm)
     sums.add("loss", loss, 1)  # mean over ranks of dp-scaled losses = the global loss

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ class Rows:
 
     def label_sets(self) -> dict[str, tuple[str, ...]]:
         """Data set -> its labels: the published ones, or those found in the rows."""
+        return self._label_sets
+
+    @cached_property
+    def _label_sets(self) -> dict[str, tuple[str, ...]]:
         found: dict[str, set[str]] = {}
         for row in (*self.train, *self.test):
             found.setdefault(row.dataset_id, set()).add(row.label)

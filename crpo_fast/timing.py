@@ -23,6 +23,7 @@ PARTS = {
     "sync": "sync",
     "save": "checkpoint",
     "evaluation": "eval",
+    "probes": "probes",
     "load": "other",
     "exchange": "other",  # counts and metrics of all ranks
 }

@@ -45,6 +45,7 @@ from crpo_fast.run_folder import Opened  # noqa: E402
 from crpo_fast.step import micro_batches  # noqa: E402
 from crpo_fast.task import build_grammar, load_rewards, order  # noqa: E402
 from crpo_fast.timing import timer  # noqa: E402
+from crpo_fast.traces import is_due  # noqa: E402
 from crpo_fast.updates import add_old_logprobs, run_updates  # noqa: E402
 
 USER_ERRORS = (ConfigError, CheckpointError, DataError, ModelError, UnsupportedModelError)
@@ -86,6 +87,7 @@ def train(run: Run) -> None:
                 max_grad_norm=config.optim.max_grad_norm,
                 guard=run.guard,
                 where=f"step_{run.progress.step + 1}",
+                trace=batch.trace,
             )
             phase.finish_step(step, metrics, batch)
     run.finish()
@@ -106,6 +108,7 @@ def gather(run: Run, phase: PhaseConfig, step: int) -> Experience:
     rows, count = task.rows.train, config.rollout.prompts_per_step
     chosen = order(len(rows), config.seed, step * count, count)
     share = count // world.size
+    traced = is_due(step + 1, config.report.trace_every)
     return experience.collect(
         task,
         run.session.engine,
@@ -117,6 +120,7 @@ def gather(run: Run, phase: PhaseConfig, step: int) -> Experience:
         all_rewards=lambda mine: [r for rs in distributed.all_gather(mine, world) for r in rs],
         mask_truncated=config.rollout.mask_truncated,
         resampling=_resampling(run, step, chosen) if config.rollout.dynamic_sampling else None,
+        num_traced=config.report.trace_samples if traced and world.is_main else 0,
     )
 
 

@@ -24,6 +24,7 @@ from crpo_fast.packing import MicroBatch, Sequence
 from crpo_fast.policy import Policy
 from crpo_fast.step import optimizer_step
 from crpo_fast.timing import timer
+from crpo_fast.traces import TokenTrace
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def run_updates(
     max_grad_norm: float,
     guard: Guard,
     where: str,
+    trace: TokenTrace | None = None,
 ) -> dict[str, float]:
     """All updates of a step; returns its global metrics, pooled over the updates that were done.
 
@@ -99,19 +101,18 @@ def run_updates(
         max_grad_norm: L2 norm to which gradients are clipped.
         guard: counts and saves what is not finite.
         where: step_<n>, for messages and folders.
+        trace: takes up the token statistics of some sequences.
     """
     minibatches, pooled, norms = list(minibatches), Sums(), []
     counts = {"updates": 0, "skipped": 0, "skipped_empty": 0}
     for u in range(updates):
-        m = u % len(minibatches)
-        batches = minibatches[m]
-        update = optimizer_step(policy, optimizer, batches, spec, max_grad_norm=max_grad_norm)
-        last = update
+        batches = minibatches[u % len(minibatches)]
+        last = update = optimizer_step(
+            policy, optimizer, batches, spec, max_grad_norm=max_grad_norm, trace=trace
+        )
         if u == 0 and updates > len(minibatches):
-            minibatches[0] = [
-                b.with_vectors(old_logprobs=old)
-                for b, old in zip(batches, update.logprobs, strict=True)
-            ]
+            pairs = zip(batches, update.logprobs, strict=True)
+            minibatches[0] = [b.with_vectors(old_logprobs=old) for b, old in pairs]
         if update.is_empty:
             counts["skipped_empty"] += 1
         elif not update.is_finite:
