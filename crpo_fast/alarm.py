@@ -10,7 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crpo_fast.config import EntropyConfig, PhaseConfig
+
+_ADVICE = (
+    "Lower entropy.magnitude, or set entropy.reference_length (80 suits stages of a few tokens), "
+    'or let entropy.controller = "dual" hold the entropies'
+)
+_ADVICE_CONTROLLED = (
+    "The dual controller cannot hold it: lower the lr, raise entropy.dual_bound if stage_coef is "
+    "at it, or set entropy.reference_length"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +45,7 @@ class EntropyAlarm:
         stop_factor: multiple above which training should stop.
         floor: nats.
         start_steps: steps that make up the start.
+        is_controlled: a controller holds the entropies; the advice differs.
 
     Raises:
         ValueError: factors not in 1 < warn <= stop, floor not positive, start_steps below 1.
@@ -46,6 +59,7 @@ class EntropyAlarm:
         stop_factor: float = 10.0,
         floor: float = 0.2,
         start_steps: int = 3,
+        is_controlled: bool = False,
     ) -> None:
         if not 1 < warn_factor <= stop_factor:
             raise ValueError(
@@ -61,11 +75,16 @@ class EntropyAlarm:
             )
         self.names = list(names)
         self.warn_factor, self.stop_factor, self.floor = warn_factor, stop_factor, floor
-        self.start_steps = start_steps
+        self.start_steps, self.is_controlled = start_steps, is_controlled
         self._first: list[list[float]] = [[] for _ in self.names]
         self._warned = [False] * len(self.names)
 
-    def update(self, step: int, entropies: Sequence[float | None]) -> Verdict:
+    def update(
+        self,
+        step: int,
+        entropies: Sequence[float | None],
+        targets: Sequence[float | None] | None = None,
+    ) -> Verdict:
         """Judge one step.
 
         Args:
@@ -73,6 +92,8 @@ class EntropyAlarm:
             entropies: [K] mean entropy over the tokens of each stage, nats; None or NaN where the
                 step has
                 none of that stage.
+            targets: [K] of a controller, nats; a stage is judged by the larger of its start and
+                its target.
 
         Raises:
             ValueError: not one entropy per stage.
@@ -89,7 +110,7 @@ class EntropyAlarm:
             if len(self._first[k]) < self.start_steps:
                 self._first[k].append(float(entropy))
                 continue
-            start = self._start(k)
+            start = max(self._start(k), (targets[k] if targets else None) or 0.0)
             if entropy > self.stop_factor * start:
                 stops.append(self._message(k, step, entropy, start, self.stop_factor))
             elif entropy > self.warn_factor * start and not self._warned[k]:
@@ -103,11 +124,10 @@ class EntropyAlarm:
     def _message(self, k: int, step: int, entropy: float, start: float, factor: float) -> str:
         return (
             f"stage {self.names[k]!r}: expected an entropy of at most {factor * start:.3g} nats "
-            f"({factor:g} times "
-            f"its start, floor {self.floor:g}), got {entropy:.3g} at step {step}. Lower "
-            "entropy.magnitude, or "
-            "set entropy.reference_length (80 suits stages of a few tokens); entropy.alarm = "
-            "false turns this off."
+            f"({factor:g} times its {'start or target' if self.is_controlled else 'start'}, floor "
+            f"{self.floor:g}), got {entropy:.3g} at step {step}. "
+            f"{_ADVICE_CONTROLLED if self.is_controlled else _ADVICE}; entropy.alarm = false "
+            "turns this off."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,3 +148,16 @@ class EntropyAlarm:
             )
         self._first = [list(map(float, values)) for values in state["first"]]
         self._warned = list(map(bool, state["warned"]))
+
+
+def build(entropy: EntropyConfig, phase: PhaseConfig, names: Sequence[str]) -> EntropyAlarm | None:
+    """The alarm of a phase; None in sft, where it is off, and without stages."""
+    if phase.algorithm == "sft" or not entropy.alarm or not names:
+        return None
+    return EntropyAlarm(
+        names,
+        warn_factor=entropy.alarm_warn_factor,
+        stop_factor=entropy.alarm_stop_factor,
+        floor=entropy.alarm_floor,
+        is_controlled=entropy.controller == "dual" and phase.algorithm == "crpo",
+    )

@@ -128,13 +128,28 @@ class GrammarConfig:
 
 @dataclass(frozen=True)
 class EntropyConfig:
-    """Stage entropy: coefficients, reduction and the alarm (units: nats, tokens)."""
+    """Stage entropy: coefficients, reduction, controller and alarm (units: nats, tokens).
+
+    ``controller``: fixed | dual (controller.py). ``anneal``: none | linear | cosine, from 1 to
+    ``anneal_to`` over a phase; it scales the coefficients of "fixed" and the targets of "dual".
+    ``targets``: one per stage; empty: ``target_fraction`` (one number or one per stage) of a
+    stage's entropy in the first step. ``dual_bound`` of every coefficient: None is ``magnitude``.
+    """
 
     schedule: str = "tanh"
     magnitude: float = 0.06
     tau: float | None = None
     reduction: str = "sequence_mean"
     reference_length: int | None = None
+    anneal: str = "none"
+    anneal_to: float = 0.0
+    controller: str = "fixed"
+    targets: tuple[float, ...] = ()
+    target_fraction: float | tuple[float, ...] = 1.0
+    target_floor: float = 0.02
+    dual_bound: float | None = None
+    dual_proportional: float = 2.0
+    dual_integral: float = 0.1
     alarm_warn_factor: float = 3.0
     alarm_stop_factor: float = 10.0
     alarm_floor: float = 0.2

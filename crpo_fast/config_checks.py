@@ -36,6 +36,13 @@ def check(config: Config) -> None:
         config.entropy.reduction,
         ("sequence_mean", "token_mean", "present_only"),
     )
+    _choice("entropy.controller", config.entropy.controller, ("fixed", "dual"))
+    _choice("entropy.anneal", config.entropy.anneal, ("none", "linear", "cosine"))
+    if config.entropy.anneal_to < 0:
+        raise ConfigError(
+            f"entropy.anneal_to: expected a factor of at least 0, got {config.entropy.anneal_to}. "
+            "Type --entropy.anneal_to 0.0."
+        )
     _choice("rollout.engine", config.rollout.engine, ("hf", "static"))
     if config.objective.aggregation is not None:
         _choice("objective.aggregation", config.objective.aggregation, AGGREGATIONS)

@@ -62,7 +62,9 @@ def _build(cls: Any, data: dict[str, Any], *, where: str, prefix: str) -> Any:
 def _convert(hint: Any, value: Any, *, where: str, name: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _convert(args[0], value, where=where, name=name)
+        lists = [arg for arg in args if typing.get_origin(arg) is tuple]
+        chosen = lists[0] if lists and isinstance(value, list) else args[0]
+        return _convert(chosen, value, where=where, name=name)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, dict):
             return _build(hint, value, where=where, prefix=f"{name}.")

@@ -11,18 +11,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from crpo_fast import checkpoint, distributed, timing
-from crpo_fast.alarm import EntropyAlarm
+from crpo_fast.alarm import Verdict
 from crpo_fast.checkpoint import Progress, SaveError
 from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.console import Reporter, notice, step_line
 from crpo_fast.distributed import World
+from crpo_fast.entropy_watch import EntropyWatch
 from crpo_fast.evaluate import evaluate
 from crpo_fast.experience import Experience
 from crpo_fast.loss import LossSpec, loss_spec
@@ -217,7 +218,7 @@ class Phase:
     loss: LossSpec
     optimizer: torch.optim.Optimizer
     reference: Policy | None
-    alarm: EntropyAlarm | None
+    entropy: EntropyWatch
     plan: UpdatePlan
 
     def steps(self) -> Iterator[int]:
@@ -228,6 +229,8 @@ class Phase:
         timing.lap()  # the first step's seconds begin here
         for step in range(self._first, self.length):
             timing.begin_step(self.run.progress.step + 1)
+            coefs = self.entropy.coefs(step, self.loss.stage_coefs)
+            self.loss = replace(self.loss, stage_coefs=coefs)
             yield step
 
     def finish_step(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
@@ -253,10 +256,11 @@ class Phase:
         )
         with timing.timer("sync"):
             session.engine.sync(session.policy.model, run.progress.step)
+        verdict = self._watch_entropy(step, metrics)
         self._log(step, metrics, batch)
         run.progress = run.saver.count_reward(run.progress, metrics.get("reward"))
         self._check_finite()
-        self._check(step, metrics)
+        self._check(step, metrics, verdict)
         if self.config.algorithm != "sft" and is_due(step + 1, run.config.report.probe_every):
             run.probes.answer(run.progress.step)
         self._evaluate_and_save(step + 1)
@@ -291,7 +295,7 @@ class Phase:
             last = "The weights themselves are not finite and were not saved."
         raise run.guard.error(last)
 
-    def _check(self, step: int, metrics: dict[str, float]) -> None:
+    def _check(self, step: int, metrics: dict[str, float], verdict: Verdict) -> None:
         rollout = self.run.config.rollout
         bound = rollout.max_mismatch
         if self.run.session.engine.renormalises:  # its logprobs are of the tokens that top_p keeps
@@ -303,19 +307,18 @@ class Phase:
                 "attention and dtype in both? Type --model.compute_dtype float32, or raise "
                 "--rollout.max_mismatch knowingly."
             )
-        if self.alarm is None:
-            return
-        names = self.run.session.task.grammar.names
-        # a stage that does not occur in the step has the mean 0
-        entropies = [metrics[f"stage_entropy/{k}"] or None for k in range(len(names))]
-        verdict = self.alarm.update(self.run.progress.step, entropies)
-        controllers = {**self.run.progress.controllers, "alarm": self.alarm.state_dict()}
-        self.run.progress = advance(self.run.progress, controllers=controllers)
         for message in verdict.warnings:
             self.run.reporter.line(f"warning: {message}")
         if verdict.stop is not None:
             self.run.save(self.optimizer)
             raise EntropyExplosionError(verdict.stop)
+
+    def _watch_entropy(self, step: int, metrics: dict[str, float]) -> Verdict:
+        run, count = self.run, len(self.loss.stage_coefs)
+        verdict = self.entropy.update(metrics, count, step=step, at=run.progress.step)
+        controllers = {**run.progress.controllers, **self.entropy.state_dict()}
+        run.progress = advance(run.progress, controllers=controllers)
+        return verdict
 
     def _log(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
         run = self.run
@@ -363,21 +366,12 @@ def _start(run: Run, index: int, length: int) -> Phase:
     if continues and resume.phase_start is not None:
         checkpoint.load_model(resume.phase_start, model)
     reference = session.reference() if spec.objective.kl_coef > 0 else None
-    entropy = run.config.entropy
-    alarm = None
-    if config.algorithm != "sft" and entropy.alarm and session.task.grammar.num_stages:
-        alarm = EntropyAlarm(
-            session.task.grammar.names,
-            warn_factor=entropy.alarm_warn_factor,
-            stop_factor=entropy.alarm_stop_factor,
-            floor=entropy.alarm_floor,
-        )
+    entropy = EntropyWatch.build(run.config.entropy, config, session.task.grammar)
     if continues and resume.path is not None:
         with timing.timer("load"):
             checkpoint.load_model(resume.path, model)
             checkpoint.load_optimizer(resume.path, model, optimizer)
-        if alarm is not None and "alarm" in run.progress.controllers:
-            alarm.load_state_dict(run.progress.controllers["alarm"])
+        entropy.load_state_dict(run.progress.controllers)
         run.reporter.line(f"resumed from {resume.path} (step {resume.progress.step})")
     else:
         run.progress = advance(run.progress, phase=index, phase_steps=0, controllers={})
@@ -387,7 +381,7 @@ def _start(run: Run, index: int, length: int) -> Phase:
         f"phase {index + 1}/{len(run.config.phases)}: {config.algorithm}, {length} steps"
     )
     plan = _plan(run.config, config)
-    return Phase(run, index, length, config, spec, optimizer, reference, alarm, plan)
+    return Phase(run, index, length, config, spec, optimizer, reference, entropy, plan)
 
 
 def _plan(config: Config, phase: PhaseConfig) -> UpdatePlan:

@@ -18,7 +18,7 @@ from collections.abc import Sequence  # noqa: E402
 
 import torch  # noqa: E402
 
-from crpo_fast import distributed, experience, outcome, run_folder, session  # noqa: E402
+from crpo_fast import controller, distributed, experience, outcome, run_folder, session  # noqa: E402
 from crpo_fast.batch import Row  # noqa: E402
 from crpo_fast.checkpoint import CheckpointError, SaveError  # noqa: E402
 from crpo_fast.config import Config, ConfigError, PhaseConfig, parse_arguments  # noqa: E402
@@ -201,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         # refuse now what would be refused after loading
-        build_grammar(config)
+        grammar = build_grammar(config)
+        for phase in config.phases:
+            controller.build(config.entropy, phase, grammar)
         load_rewards(config)
         world = distributed.init(config.train.threads, config.train.timeout)
         peers = Peers(world.rank, world.size, world.store, timeout=config.train.timeout)

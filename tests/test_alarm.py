@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from crpo_fast.alarm import EntropyAlarm
+from crpo_fast.alarm import EntropyAlarm, build
+from crpo_fast.config import EntropyConfig, PhaseConfig
 
 
 def alarm(**options):
@@ -43,6 +44,39 @@ def test_floor_keeps_small_starts_quiet():
     watch.update(0, [0.01, 0.01])
     assert watch.update(1, [0.9, 1.0]).warnings == ()
     assert watch.update(2, [1.1, 2.1]).stop.startswith("stage 'b'")
+
+
+def test_a_controlled_stage_is_judged_by_its_target_and_gets_other_advice():
+    watch = alarm(start_steps=1, is_controlled=True)
+    watch.update(0, [1.0, 1.0], (None, 3.0))
+    verdict = watch.update(1, [2.1, 5.9], (None, 3.0))
+    (warning,) = verdict.warnings  # of a; b may reach twice its target
+    assert "stage 'a'" in warning
+    assert "at most 2 nats (2 times its start or target" in warning
+    stop = watch.update(2, [1.0, 12.1], (1.0, 3.0)).stop
+    assert "stage 'b': expected an entropy of at most 12 nats" in stop
+    assert "The dual controller cannot hold it" in stop
+    assert "entropy.dual_bound" in stop
+    assert "entropy.magnitude" not in stop
+
+
+def test_advice_names_the_controller():
+    watch = alarm(start_steps=1)
+    watch.update(0, [1.0, 1.0])
+    assert 'entropy.controller = "dual"' in watch.update(1, [9.0, 1.0]).stop
+
+
+def test_build_reads_the_config():
+    assert build(EntropyConfig(), PhaseConfig(algorithm="sft"), ["a"]) is None
+    assert build(EntropyConfig(alarm=False), PhaseConfig(), ["a"]) is None
+    assert build(EntropyConfig(), PhaseConfig(), []) is None
+    entropy = EntropyConfig(
+        controller="dual", alarm_warn_factor=2.0, alarm_stop_factor=5.0, alarm_floor=0.1
+    )
+    for algorithm in ("crpo", "grpo"):
+        watch = build(entropy, PhaseConfig(algorithm=algorithm), ["a"])
+        assert (watch.warn_factor, watch.stop_factor, watch.floor) == (2.0, 5.0, 0.1)
+        assert watch.is_controlled == (algorithm == "crpo")
 
 
 def test_a_stage_that_is_absent_starts_later():

@@ -172,8 +172,10 @@ def test_nan_weights_stop_the_run_with_advice(
 def test_entropy_alarm_saves_and_stops_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def explode(self: EntropyAlarm, step: int, entropies: list[float | None]) -> Verdict:
-        assert len(entropies) == 5
+    def explode(
+        self: EntropyAlarm, step: int, entropies: list[float | None], targets: tuple[None, ...]
+    ) -> Verdict:
+        assert (len(entropies), targets) == (5, (None,) * 5)
         return Verdict(("stage 'stimulus' grows",), self._message(0, step, 9.0, 0.2, 10.0))
 
     monkeypatch.setattr(EntropyAlarm, "update", explode)
@@ -183,6 +185,7 @@ def test_entropy_alarm_saves_and_stops_with_advice(
     assert "warning: stage 'stimulus' grows" in captured.out
     assert "at step 5" in captured.err
     assert "entropy.reference_length" in captured.err
+    assert 'entropy.controller = "dual"' in captured.err
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_5"
     assert run(tmp_path / "off", "--entropy.no-alarm") == 0
 
