@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import plot, quickstart, readme
+from . import dual, plot, quickstart, readme
 from .baselines import CANDIDATES, Candidate
 from .cases import CASES, Case, make_inputs
 from .timing import errors, exact_result, extra_bytes, machine, measure_seconds, summary
@@ -159,11 +159,14 @@ def write_json(path: Path, report: dict) -> None:
 
 
 def run_quickstart(options: argparse.Namespace, command: str) -> None:
-    """Run what is not finished below ``--runs``; write quickstart.json and print its table."""
+    """Run what is not finished below ``--runs``; write quickstart.json and what dual.py shows."""
     runs = quickstart.run_all(options.seeds, options.runs, options.jobs, options.threads)
+    traces = [row for run in runs for row in run.pop("trace")]
     report = {"command": command, "machine": machine(), "runs": runs}
     write_json(options.out / "quickstart.json", report)
-    print(quickstart.table(runs))
+    dual.write_traces(options.out / "quickstart_dual.csv", traces)
+    (options.out / "quickstart_dual.svg").write_text(dual.plot(traces), encoding="utf-8")
+    print(quickstart.table(runs), dual.table(traces, runs), sep="\n\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

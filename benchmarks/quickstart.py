@@ -1,6 +1,7 @@
 """The quickstart over seeds beside its rivals: `python -m benchmarks quickstart`.
 
-The rivals are GRPO (M = 0) and the paper's unscaled magnitude. Same data, same cold start, same
+The rivals are GRPO (M = 0) and the paper's unscaled magnitude, fixed and under the dual controller
+(dual.py). Same data, same cold start, same
 budget; one run folder per variant and seed, whose summaries become the table of the README. Runs
 share the cores: `--jobs 2` gives each of two runs one thread.
 """
@@ -17,15 +18,18 @@ from typing import Any
 
 from crpo_fast.config import DEFAULT_CONFIG, load_config
 
+from . import dual
+
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
     "CRPO (M = .06, reference_length = 80)": [],
-    "GRPO (M = 0)": ["--entropy.magnitude", "0"],
+    dual.BASELINE: ["--entropy.magnitude", "0"],
     "CRPO, the paper's M = .06 unscaled": [
         "--entropy.reference_length",
         "None",
         "--entropy.no-alarm",
     ],
+    dual.VARIANT: ["--entropy.reference_length", "None", "--entropy.controller", "dual"],
 }
 
 
@@ -59,6 +63,7 @@ def run_one(variant: str, seed: int, folder: Path, threads: int) -> dict[str, An
         [v for k, v in sorted(r.items()) if k.startswith("stage_entropy/")] for r in records
     ]
     trained = [max(e) for e, r in zip(entropies, records, strict=True) if r["phase"] != "sft"]
+    crpo = [r for r in records if r["phase"] == "crpo"]
     return {
         "variant": variant,
         "seed": seed,
@@ -67,6 +72,7 @@ def run_one(variant: str, seed: int, folder: Path, threads: int) -> dict[str, An
         "after": summary["after"],
         "largest_stage_entropy": max(trained),
         "last_stage_entropies": entropies[-1],
+        "trace": dual.trace(seed, crpo) if variant == dual.VARIANT else [],
     }
 
 
@@ -89,6 +95,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [header, "| --- | --- | --- | --- | --- | --- |"]
     for variant in VARIANTS:
         rows = [r for r in results if r["variant"] == variant]
+        if not rows:  # of a file that was written before there was this variant
+            continue
         before = [r["before"]["weighted_f1"] for r in rows]
         after = [r["after"]["weighted_f1"] for r in rows]
         gains = ", ".join(f"{b - a:+.1f}" for a, b in zip(before, after, strict=True))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import quickstart
+from . import dual, quickstart
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -63,6 +63,18 @@ def quickstart_block() -> str:
     )
 
 
+def dual_block() -> str:
+    """The dual controller against its bands; the runs are those of ``quickstart.json``."""
+    report, file = load("quickstart"), RESULTS / "quickstart_dual.csv"
+    if report is None or not file.exists():
+        return NOT_MEASURED
+    return (
+        f"{dual.table(dual.read_traces(file), report['runs'])}\n\n"
+        "![Stage entropy against its band, and the coefficients, by seed]"
+        "(benchmarks/results/quickstart_dual.svg)"
+    )
+
+
 def smollm2_block() -> str:
     """The runs of the small pretrained model."""
     return "\n\n".join(_run(name) for name in RUNS if name.startswith("smollm2"))
@@ -100,6 +112,7 @@ def loss_block() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_block,
+    "dual": dual_block,
     "smollm2": smollm2_block,
     "loss": loss_block,
 }

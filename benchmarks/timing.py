@@ -92,6 +92,9 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
 
 
+RUN_FROM = ("kernels", "crpo_fast", "configs", "benchmarks/*.py")  # what decides a result
+
+
 def machine() -> dict[str, object]:
     """Where and with what a run was made."""
     packages = ("torch", "trl", "liger-kernel", "transformers")
@@ -132,7 +135,11 @@ def _meminfo_kib() -> float:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked where tracked files differ from it."""
+    """The commit of the working tree, marked where tracked files differ from it.
+
+    In a folder without git it is what `git archive` wrote into `.git_archival.txt`; "unknown" where
+    that was not expanded.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
@@ -140,5 +147,9 @@ def commit() -> str:
         )
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "kernels", "benchmarks")
+    top = git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != ROOT.resolve():  # none, or that of a folder around it
+        found = (ROOT / ".git_archival.txt").read_text("utf-8").removeprefix("commit: ").strip()
+        return "unknown" if "$" in found else found[:12]
+    changed = git("status", "--porcelain", "--untracked-files=no", *RUN_FROM)
     return git("rev-parse", "--short=12", "HEAD") + (" + changes" if changed else "")

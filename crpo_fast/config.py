@@ -148,8 +148,8 @@ class EntropyConfig:
     target_fraction: float | tuple[float, ...] = 1.0
     target_floor: float = 0.02
     dual_bound: float | None = None
-    dual_proportional: float = 2.0
-    dual_integral: float = 0.1
+    dual_proportional: float = 4.0
+    dual_integral: float = 0.2
     alarm_warn_factor: float = 3.0
     alarm_stop_factor: float = 10.0
     alarm_floor: float = 0.2

@@ -76,8 +76,8 @@ class DualOptions:
     targets: tuple[float, ...] = ()
     fractions: tuple[float, ...] = (1.0,)
     floor: float = 0.02
-    proportional: float = 2.0
-    integral: float = 0.1
+    proportional: float = 4.0
+    integral: float = 0.2
 
 
 class DualAscent:

@@ -121,7 +121,7 @@ def test_no_windup_at_the_bound():
 
 
 def simulate(
-    gain: float, *, proportional: float = 2.0, integral: float = 0.1, seed: int = 0
+    gain: float, *, proportional: float = 4.0, integral: float = 0.2, seed: int = 0
 ) -> list[float]:
     """log(H / target) over 1500 steps of a plant whose entropy answers late to beta.
 
