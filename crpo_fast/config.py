@@ -158,7 +158,13 @@ class EntropyConfig:
 
 @dataclass(frozen=True)
 class RewardsConfig:
-    """Reward functions as ``module:function``, their weights, and how answers are matched."""
+    """Reward functions as ``module:function``, their weights, and how answers are matched.
+
+    They run in ``workers`` processes per rank (None: up to 4, as cores allow; 0: in the trainer,
+    for debugging: nothing then ends a function that hangs). A call gets the samples of one prompt
+    and may take ``timeout`` seconds for each; ``start_timeout``: seconds for importing the
+    functions. A run stops when more than ``max_error_rate`` of a step's samples have no reward.
+    """
 
     functions: tuple[str, ...] = (
         "crpo_fast.rewards:format_reward",
@@ -167,6 +173,10 @@ class RewardsConfig:
     weights: tuple[float, ...] = ()
     match: str = "prefix"
     balance: str = "reward"  # reward (paper) | advantage | none
+    workers: int | None = None
+    timeout: float = 10.0
+    start_timeout: float = 300.0
+    max_error_rate: float = 0.05
 
 
 @dataclass(frozen=True)

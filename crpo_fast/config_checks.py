@@ -52,12 +52,7 @@ def check(config: Config) -> None:
     _check_correction(config)
     _check_updates(config)
     _check_phases(config)
-    weights, functions = config.rewards.weights, config.rewards.functions
-    if weights and len(weights) != len(functions):
-        raise ConfigError(
-            f"rewards.weights: expected {len(functions)} numbers, one per function, got "
-            f"{len(weights)}."
-        )
+    _check_rewards(config)
 
 
 def _choice(name: str, value: str, valid: Sequence[str]) -> None:
@@ -109,6 +104,27 @@ def _check_data(config: Config) -> None:
             "Type --data.completion <column>, or remove the sft phase."
         )
     _positive(data__max_prompt_tokens=data.max_prompt_tokens)
+
+
+def _check_rewards(config: Config) -> None:
+    rewards = config.rewards
+    weights, functions = rewards.weights, rewards.functions
+    if weights and len(weights) != len(functions):
+        raise ConfigError(
+            f"rewards.weights: expected {len(functions)} numbers, one per function, got "
+            f"{len(weights)}."
+        )
+    if rewards.workers is not None and rewards.workers < 0:
+        raise ConfigError(
+            f"rewards.workers: expected 0 (in the trainer) or more, got {rewards.workers}. Type "
+            "--rewards.workers 2."
+        )
+    if not 0 <= rewards.max_error_rate <= 1:
+        raise ConfigError(
+            "rewards.max_error_rate: expected a share between 0 and 1, got "
+            f"{rewards.max_error_rate}. Type --rewards.max_error_rate 0.05."
+        )
+    _positive(rewards__timeout=rewards.timeout, rewards__start_timeout=rewards.start_timeout)
 
 
 def _check_rollout(config: Config) -> None:

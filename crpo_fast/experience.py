@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from crpo_fast import reward_errors
 from crpo_fast.advantages import group_advantages
 from crpo_fast.batch import RolloutGroup, Row, SamplingParams
 from crpo_fast.dynamic_sampling import Resampling, has_signal
@@ -26,12 +27,14 @@ class Experience:
         sequences: what is trained on; ``group_size`` of each prompt side by side.
         sums: metrics of this rank, of everything that was sampled.
         num_sampled: tokens that were generated, dropped groups included.
+        reward_errors: the first of each kind (see `reward_errors.note`).
         trace: of some sequences, on rank 0, for samples.jsonl.
     """
 
     sequences: list[Sequence]
     sums: Sums
     num_sampled: int = 0
+    reward_errors: dict[str, Any] = field(default_factory=dict)
     trace: TokenTrace | None = None
 
 
@@ -99,14 +102,14 @@ def collect(
         resampling: replaces groups without reward variance; None: they stay.
         num_traced: completions whose tokens are recorded.
     """
-    sums = Sums()
-    batch = _sample(task, engine, rows, group_size, params, seed, sums)
+    sums, errors = Sums(), {}
+    batch = _sample(task, engine, rows, group_size, params, seed, sums, errors)
     if resampling is not None:
         batch = _replace(
             batch,
             resampling,
             sums,
-            lambda rows, seed: _sample(task, engine, rows, group_size, params, seed, sums),
+            lambda rows, seed: _sample(task, engine, rows, group_size, params, seed, sums, errors),
         )
     repeated = [row for row in batch.rows for _ in range(group_size)]
     weights = None
@@ -120,7 +123,8 @@ def collect(
     if mask_truncated:
         sums.add_total("completions/masked", sum(not s.completion_ids for s in sequences))
     sampled = int(sums.total("completions/length"))
-    return _traced(Experience(sequences, sums, sampled), task, batch, num_traced)
+    scored = Experience(sequences, sums, sampled, errors)
+    return _traced(scored, task, batch, num_traced)
 
 
 def _sample(
@@ -131,6 +135,7 @@ def _sample(
     params: SamplingParams,
     seed: int,
     sums: Sums,
+    errors: dict[str, Any],
 ) -> Scored:
     """One round of sampling and scoring, with its metrics; ``rows`` may be empty."""
     prompts = [task.prompt(row) for row in rows]
@@ -141,8 +146,10 @@ def _sample(
     repeated = [row for row in rows for _ in range(group_size)]
     completions = [task.decode(s.token_ids) for g in groups for s in g.samples]
     with timer("reward"):
-        table = task.score(repeated, completions)
+        table = task.score(repeated, completions, group_size)
     _add_rewards(sums, table, group_size)
+    reward_errors.record(sums, table)
+    reward_errors.note(errors, table, repeated)
     for _, truncated in prompts:
         sums.add("prompts/truncated", truncated > 0, 1)
     for sample in (s for g in groups for s in g.samples):

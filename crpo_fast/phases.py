@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from crpo_fast import checkpoint, distributed, timing
+from crpo_fast import checkpoint, distributed, reward_errors, timing
 from crpo_fast.alarm import Verdict
 from crpo_fast.checkpoint import Progress, SaveError
 from crpo_fast.config import Config, PhaseConfig
@@ -33,6 +33,7 @@ from crpo_fast.optim import build_optimizer
 from crpo_fast.policy import Policy
 from crpo_fast.probes import Probes
 from crpo_fast.results import Evaluations, write_results
+from crpo_fast.rewards import RewardError
 from crpo_fast.run_folder import Resume, RunFolder, advance, phase_lengths
 from crpo_fast.saving import Saver
 from crpo_fast.session import Session
@@ -260,6 +261,7 @@ class Phase:
         self._log(step, metrics, batch)
         run.progress = run.saver.count_reward(run.progress, metrics.get("reward"))
         self._check_finite()
+        self._check_rewards(metrics, batch)
         self._check(step, metrics, verdict)
         if self.config.algorithm != "sft" and is_due(step + 1, run.config.report.probe_every):
             run.probes.answer(run.progress.step)
@@ -294,6 +296,21 @@ class Phase:
         else:
             last = "The weights themselves are not finite and were not saved."
         raise run.guard.error(last)
+
+    def _check_rewards(self, metrics: dict[str, float], batch: Experience) -> None:
+        """Name samples without a reward; too many of them end the run, saved."""
+        run = self.run
+        if not metrics.get("reward/error_rate"):  # the same on all ranks
+            return
+        by_rank = distributed.all_gather(batch.reward_errors, run.session.world)
+        for line in reward_errors.lines(by_rank, metrics, run.progress.step):
+            run.reporter.line(f"warning: {line}")
+        bound = run.config.rewards.max_error_rate
+        message = reward_errors.verdict(metrics, bound, run.progress.step)
+        if message is not None:
+            saved = run.save(self.optimizer)
+            last = "The state is saved: the same command continues." if saved else "Saving failed."
+            raise RewardError(f"{message} {last}")
 
     def _check(self, step: int, metrics: dict[str, float], verdict: Verdict) -> None:
         rollout = self.run.config.rollout

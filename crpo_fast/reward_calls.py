@@ -13,17 +13,36 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 RewardFunction = Callable[..., Any]
 Completion = str | Sequence[Mapping[str, Any]]  # text, or TRL's conversational form
+# nan: NaN, infinite or no number; wrong_length: not one value per completion
+ERROR_KINDS = ("exception", "timeout", "nan", "wrong_length", "crash")
 
 
 class RewardError(RuntimeError):
     """A reward function raised, or did not return one number (or None) per completion."""
+
+
+@dataclass(frozen=True)
+class RewardFailure:
+    """One value that a function did not give.
+
+    Attributes:
+        kind: one of ``ERROR_KINDS``.
+        function: its name.
+        sample: index of the completion among those that were scored.
+        text: the exception or what came instead of a number; no text of posts or completions.
+    """
+
+    kind: str
+    function: str
+    sample: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -34,12 +53,18 @@ class RewardTable:
         total: [N] weighted sums of the functions that apply; NaN where none applies or one of them
             failed.
         parts: function name -> [N] unweighted values; None where it does not apply or failed.
-        failures: how many values were NaN or infinite.
+        failures: how many values were NaN or infinite, or are missing because a call failed.
+        errors: what failed, in order of sample.
+        recovered: how many samples got their values from a second call of their group.
+        not_run: how many samples were not scored, because too many had failed before.
     """
 
     total: list[float]
     parts: dict[str, list[float | None]]
     failures: int
+    errors: tuple[RewardFailure, ...] = ()
+    recovered: int = 0
+    not_run: int = 0
 
 
 def load_reward(path: str) -> RewardFunction:
@@ -98,21 +123,72 @@ def score(
         RewardError: a function raised or returned the wrong thing; names the function and a sample.
         ValueError: the lengths of the arguments do not fit.
     """
-    named = functions if isinstance(functions, Mapping) else _named(functions)
+    by_name = functions if isinstance(functions, Mapping) else named(functions)
+    per_sample = per_sample_keywords(prompts, completions, columns, shared)
+    if len(weights) != len(by_name):
+        raise ValueError(
+            f"weights: expected one per function, {len(by_name)}, got {len(weights)}. "
+            "Write as many rewards.weights as rewards.functions."
+        )
+    parts: dict[str, list[float | None]] = {}
+    for name, values in _call_all(by_name, per_sample, shared).items():
+        parts[name] = _numbers(name, values, completions)
+    errors = [
+        RewardFailure("nan", name, i, f"returned {value}")
+        for name, part in parts.items()
+        for i, value in enumerate(part)
+        if value is not None and not math.isfinite(value)
+    ]
+    return add_up(parts, weights, len(completions), errors)
+
+
+def per_sample_keywords(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    columns: Mapping[str, Sequence[Any]],
+    shared: Iterable[str],
+) -> dict[str, Sequence[Any]]:
+    """Name -> N values of all keywords that differ by sample.
+
+    Raises:
+        ValueError: lengths differ, or a column has the name of one of the others.
+    """
     if taken := sorted({"prompts", "completions", *shared}.intersection(columns)):
         raise ValueError(
             f"columns: expected names that are free, got {taken}, which every reward function gets "
             "already. Rename the column in the data file."
         )
     per_sample = {"prompts": prompts, "completions": completions, **columns}
-    _check_lengths(named, weights, per_sample)
-    parts: dict[str, list[float | None]] = {}
-    for name, values in _call_all(named, per_sample, shared).items():
-        parts[name] = _numbers(name, values, completions)
+    for name, values in per_sample.items():
+        if len(values) != len(completions):
+            raise ValueError(
+                f"{name}: expected one entry per completion, {len(completions)}, got "
+                f"{len(values)}. Repeat a prompt's value for each of its samples."
+            )
+    return per_sample
+
+
+def add_up(
+    parts: Mapping[str, Sequence[float | None]],
+    weights: Sequence[float],
+    count: int,
+    errors: Sequence[RewardFailure] = (),
+    **counts: int,
+) -> RewardTable:
+    """The table of [count] values per function; a value that is not finite makes its total NaN.
+
+    Args:
+        parts: function name -> [count] values.
+        weights: one per function.
+        count: completions.
+        errors: what failed.
+        counts: further fields of the table.
+    """
     failures = sum(v is not None and not math.isfinite(v) for part in parts.values() for v in part)
     total = [_weighted_sum(row, weights) for row in zip(*parts.values(), strict=True)]
     clean = {name: [_finite_or_none(v) for v in part] for name, part in parts.items()}
-    return RewardTable(total if parts else [math.nan] * len(completions), clean, failures)
+    ordered = tuple(sorted(errors, key=lambda e: e.sample))
+    return RewardTable(total if parts else [math.nan] * count, clean, failures, ordered, **counts)
 
 
 def _weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float:
@@ -126,13 +202,13 @@ def _finite_or_none(value: float | None) -> float | None:
 
 
 def _call_all(
-    named: Mapping[str, RewardFunction], per_sample: dict[str, Any], shared: dict[str, Any]
+    by_name: Mapping[str, RewardFunction], per_sample: Mapping[str, Any], shared: dict[str, Any]
 ) -> dict[str, Any]:
     """Sync functions one after the other; what async ones return is awaited together."""
     results: dict[str, Any] = {}
-    for name, function in named.items():
+    for name, function in by_name.items():
         try:
-            results[name] = function(**_accepted(function, {**per_sample, **shared}))
+            results[name] = function(**accepted(function, {**per_sample, **shared}))
         except Exception as error:
             for started in filter(inspect.iscoroutine, results.values()):
                 started.close()
@@ -140,7 +216,7 @@ def _call_all(
     pending = {name: value for name, value in results.items() if inspect.isawaitable(value)}
     for name, value in _await_all(pending).items():
         if isinstance(value, Exception):
-            raise _raised(name, named[name], per_sample, shared, value) from value
+            raise _raised(name, by_name[name], per_sample, shared, value) from value
         results[name] = value
     return results
 
@@ -157,7 +233,7 @@ def _await_all(pending: dict[str, Awaitable[Any]]) -> dict[str, Any]:
         return dict(zip(pending, pool.submit(lambda: asyncio.run(gather())).result(), strict=True))
 
 
-def _accepted(function: RewardFunction, keywords: dict[str, Any]) -> dict[str, Any]:
+def accepted(function: RewardFunction, keywords: dict[str, Any]) -> dict[str, Any]:
     """The keywords that ``function`` takes."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -172,7 +248,7 @@ def _accepted(function: RewardFunction, keywords: dict[str, Any]) -> dict[str, A
 def _raised(
     name: str,
     function: RewardFunction,
-    per_sample: dict[str, Any],
+    per_sample: Mapping[str, Any],
     shared: dict[str, Any],
     error: Exception,
 ) -> RewardError:
@@ -191,7 +267,7 @@ def _raised(
 
 def _fails(function: RewardFunction, keywords: dict[str, Any]) -> bool:
     try:
-        value = function(**_accepted(function, keywords))
+        value = function(**accepted(function, keywords))
     except Exception:  # the caller reports the first exception; here it counts who raises
         return True
     return inspect.isawaitable(value) and isinstance(_await_all({"": value})[""], Exception)
@@ -219,7 +295,7 @@ def _numbers(name: str, values: Any, completions: Sequence[Completion]) -> list[
     for i, value in enumerate(values):
         try:
             numbers.append(None if value is None else float(value))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # OverflowError of a large int, RuntimeError of a tensor ...
             raise RewardError(
                 f"reward {name}: expected a number or None, got {value!r}; "
                 f"{_sample(i, completions[i])}. Return one float (or None) per completion."
@@ -227,36 +303,20 @@ def _numbers(name: str, values: Any, completions: Sequence[Completion]) -> list[
     return numbers
 
 
-def _check_lengths(
-    named: Mapping[str, RewardFunction], weights: Sequence[float], per_sample: dict[str, Any]
-) -> None:
-    if len(weights) != len(named):
-        raise ValueError(
-            f"weights: expected one per function, {len(named)}, got {len(weights)}. "
-            "Write as many rewards.weights as rewards.functions."
-        )
-    count = len(per_sample["completions"])
-    for name, values in per_sample.items():
-        if len(values) != count:
-            raise ValueError(
-                f"{name}: expected one entry per completion, {count}, got {len(values)}. "
-                "Repeat a prompt's value for each of its samples."
-            )
-
-
-def _named(functions: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
-    named: dict[str, RewardFunction] = {}
+def named(functions: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
+    """Name -> function, in order; a second function of the same name gets ``_2``."""
+    by_name: dict[str, RewardFunction] = {}
     for function in functions:
         inner = function
         while isinstance(inner, functools.partial):
             inner = inner.func
         base = name = getattr(inner, "__name__", type(inner).__name__)
         number = 1
-        while name in named:
+        while name in by_name:
             number += 1
             name = f"{base}_{number}"
-        named[name] = function
-    return named
+        by_name[name] = function
+    return by_name
 
 
 def _sample(index: int, completion: Completion) -> str:

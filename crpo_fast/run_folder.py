@@ -32,6 +32,10 @@ _FREE = (
     "train.threads",
     "train.timeout",
     "train.max_nonfinite",
+    "rewards.workers",
+    "rewards.timeout",
+    "rewards.start_timeout",
+    "rewards.max_error_rate",
 )
 
 

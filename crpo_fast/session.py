@@ -15,6 +15,7 @@ from crpo_fast.batch import SamplingParams
 from crpo_fast.config import Config, ConfigError
 from crpo_fast.distributed import World
 from crpo_fast.policy import Policy
+from crpo_fast.reward_pool import Scorer
 from crpo_fast.rollout import Engine
 from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.static import StaticEngine
@@ -79,8 +80,14 @@ class Session:
         return SamplingParams(max_tokens=tokens, eos_ids=self.eos_ids, temperature=0.0)
 
 
-def build(config: Config, world: World, run_dir: Path) -> Session:
+def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = None) -> Session:
     """Load or build everything; files are written by rank 0 alone.
+
+    Args:
+        config: of the run.
+        world: this process among its peers.
+        run_dir: the run folder.
+        scorer: calls the reward functions; None: in this process.
 
     Raises:
         ConfigError, ModelError, DataError: what is wrong and what to type.
@@ -108,7 +115,7 @@ def build(config: Config, world: World, run_dir: Path) -> Session:
     return Session(
         config=config,
         world=world,
-        task=build_task(config, rows, tokenizer),
+        task=build_task(config, rows, tokenizer, scorer),
         policy=policy,
         engine=ENGINES[config.rollout.engine](policy.model, gathered=policy.gathered),
         build_model=build_model,

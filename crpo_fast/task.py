@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from crpo_fast.batch import Row
 from crpo_fast.config import Config, ConfigError
 from crpo_fast.packing import Sequence
 from crpo_fast.prompts import build_prompt, encode_completion
+from crpo_fast.reward_pool import InProcessRewards, RewardPool, Scorer
 from crpo_fast.stages import Stage, StageGrammar
 
 
@@ -101,11 +103,11 @@ class Task:
     grammar: StageGrammar
     system: str
     max_prompt_tokens: int
-    reward_functions: list[Callable[..., Any]]
-    reward_weights: list[float]
+    scorer: Scorer
     balance_weights: dict[tuple[str, str], float]
     match: str
     balance: str
+    max_failed: float  # samples of a rollout, all ranks together
 
     def prompt(self, row: Row) -> tuple[list[int], int]:
         """(prompt ids ending in the prefill, tokens cut off the post)."""
@@ -130,24 +132,18 @@ class Task:
         ids = encode_completion(text, self.tokenizer)
         return Sequence(self.prompt(row)[0], ids, self.grammar.stage_ids(ids, self.tokenizer))
 
-    def score(self, rows: list[Row], completions: list[str]) -> rewards.RewardTable:
-        """Rewards of one completion per row."""
+    def score(
+        self, rows: list[Row], completions: list[str], group_size: int
+    ) -> rewards.RewardTable:
+        """Rewards of one completion per row; ``group_size`` rows in turn are the same."""
         columns: dict[str, list[Any]] = {
             "answer": [r.label for r in rows],
             "dataset_id": [r.dataset_id for r in rows],
         }
         for name in sorted({name for r in rows for name in r.columns}):
             columns.setdefault(name, [r.columns.get(name) for r in rows])
-        return rewards.score(
-            self.reward_functions,
-            self.reward_weights,
-            [r.text for r in rows],
-            completions,
-            columns,
-            grammar=self.grammar,
-            match=self.match,
-            balance_weights=self.balance_weights if self.balance == "reward" else None,
-        )
+        posts = [r.text for r in rows]
+        return self.scorer.score(posts, completions, columns, group_size, self.max_failed)
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of a completion without its end token."""
@@ -162,11 +158,57 @@ def load_rewards(config: Config) -> list[Callable[..., Any]]:
         raise ConfigError(str(error)) from error
 
 
-def build_task(config: Config, rows: Rows, tokenizer: Any) -> Task:
+def open_rewards(config: Config) -> Scorer:
+    """Who calls the reward functions, to be closed at the end; refuses names that do not exist.
+
+    The workers start here, before anything is loaded. Only they import the functions of others.
+    """
+    settings = config.rewards
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = settings.workers
+    if workers is None:
+        workers = max(1, min(4, _num_cores() // ranks))
+    if workers == 0 or all(p.algorithm == "sft" for p in config.phases):
+        return InProcessRewards(load_rewards(config), settings.weights)
+    pool = RewardPool(
+        settings.functions,
+        settings.weights,
+        workers=workers,
+        timeout=settings.timeout,
+        start_timeout=settings.start_timeout,
+    )
+    try:
+        if all(name.startswith("crpo_fast.rewards:") for name in settings.functions):
+            load_rewards(config)  # known here: no need to wait
+        else:
+            pool.wait_ready()
+    except rewards.RewardError as error:
+        pool.close()
+        raise ConfigError(str(error)) from error
+    except BaseException:
+        pool.close()
+        raise
+    return pool
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def build_task(config: Config, rows: Rows, tokenizer: Any, scorer: Scorer | None = None) -> Task:
     """Bind the parts; fails early where a phase would fail late."""
     grammar = build_grammar(config)
-    functions = load_rewards(config)
+    settings, rollout = config.rewards, config.rollout
+    scorer = scorer or InProcessRewards(load_rewards(config), settings.weights)
     pairs = [(r.dataset_id, r.label) for r in rows.train]
+    balance = rewards.balance_weights(pairs)
+    scorer.bind(
+        grammar=grammar,
+        match=settings.match,
+        balance_weights=balance if settings.balance == "reward" else None,
+    )
     system = config.data.system or grammar.system_prompt()
     return Task(
         rows=rows,
@@ -174,11 +216,11 @@ def build_task(config: Config, rows: Rows, tokenizer: Any) -> Task:
         grammar=grammar,
         system="" if system == "none" else system,
         max_prompt_tokens=config.data.max_prompt_tokens,
-        reward_functions=functions,
-        reward_weights=list(config.rewards.weights) or [1.0] * len(functions),
-        balance_weights=rewards.balance_weights(pairs),
-        match=config.rewards.match,
-        balance=config.rewards.balance,
+        scorer=scorer,
+        balance_weights=balance,
+        match=settings.match,
+        balance=settings.balance,
+        max_failed=settings.max_error_rate * rollout.prompts_per_step * rollout.group_size,
     )
 
 

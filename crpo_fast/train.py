@@ -39,11 +39,12 @@ from crpo_fast.phases import (  # noqa: E402
     StopSignal,
 )
 from crpo_fast.policy import UnsupportedModelError  # noqa: E402
+from crpo_fast.reward_pool import Scorer  # noqa: E402
 from crpo_fast.rewards import RewardError  # noqa: E402
 from crpo_fast.rollout import RolloutError  # noqa: E402
 from crpo_fast.run_folder import Opened  # noqa: E402
 from crpo_fast.step import micro_batches  # noqa: E402
-from crpo_fast.task import build_grammar, load_rewards, order  # noqa: E402
+from crpo_fast.task import build_grammar, open_rewards, order  # noqa: E402
 from crpo_fast.timing import timer  # noqa: E402
 from crpo_fast.traces import is_due  # noqa: E402
 from crpo_fast.updates import add_old_logprobs, run_updates  # noqa: E402
@@ -153,7 +154,7 @@ def _seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 4_096 + rank
 
 
-def run(config: Config, world: World, reporter: Reporter) -> None:
+def run(config: Config, world: World, reporter: Reporter, scorer: Scorer) -> None:
     """Open the run folder, continue where it stands, train."""
     started, stop = time.monotonic(), StopSignal()
     opened = run_folder.open_run(config, world)
@@ -166,7 +167,7 @@ def run(config: Config, world: World, reporter: Reporter) -> None:
             return
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-        _run(config, world, opened, reporter, stop, started)
+        _run(config, world, opened, reporter, stop, started, scorer)
     finally:
         opened.close()
 
@@ -178,10 +179,11 @@ def _run(
     reporter: Reporter,
     stop: StopSignal,
     started: float,
+    scorer: Scorer,
 ) -> None:
     folder = opened.folder
     with timer("load"):
-        built = session.build(config, world, folder.path)
+        built = session.build(config, world, folder.path, scorer)
     for line in built.describe():
         reporter.line(line)
     try:
@@ -204,11 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         grammar = build_grammar(config)
         for phase in config.phases:
             controller.build(config.entropy, phase, grammar)
-        load_rewards(config)
-        world = distributed.init(config.train.threads, config.train.timeout)
-        peers = Peers(world.rank, world.size, world.store, timeout=config.train.timeout)
-        peers.watch()
-        run(config, world, Reporter(enabled=world.is_main))
+        with open_rewards(config) as scorer:
+            world = distributed.init(config.train.threads, config.train.timeout)
+            peers = Peers(world.rank, world.size, world.store, timeout=config.train.timeout)
+            peers.watch()
+            run(config, world, Reporter(enabled=world.is_main), scorer)
     except USER_ERRORS as error:
         status = peers.refuse(error, 2)
     except RUN_ERRORS as error:

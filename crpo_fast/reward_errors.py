@@ -1,0 +1,82 @@
+"""What people and metrics.jsonl see of rewards that failed.
+
+    reward/errors/<kind>      values that a function did not give, per kind, summed over ranks
+    reward/errors/recovered   samples whose values came from a second call of their group
+    reward/errors/not_run     samples that were not scored, because too many had failed before
+    reward/error_rate         share of the samples, over all ranks, that failed or were not run
+
+Per kind and step one line names a sample: function, rank, index in the rank's batch, data set, and
+the exception; no text of a post.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from crpo_fast.batch import Row
+from crpo_fast.metrics import Sums
+from crpo_fast.reward_calls import ERROR_KINDS, RewardTable
+
+
+def record(sums: Sums, table: RewardTable) -> None:
+    """Add the counts of one rank's rewards; the names do not depend on what failed."""
+    for kind in ERROR_KINDS:
+        sums.add_total(f"reward/errors/{kind}", sum(e.kind == kind for e in table.errors))
+    sums.add_total("reward/errors/recovered", table.recovered)
+    sums.add_total("reward/errors/not_run", table.not_run)
+    failed = len({e.sample for e in table.errors}) + table.not_run
+    sums.add("reward/error_rate", failed, len(table.total))
+
+
+def note(first: dict[str, dict[str, Any]], table: RewardTable, rows: Sequence[Row]) -> None:
+    """Keep the first failure of each kind in ``first``.
+
+    Args:
+        first: kind -> function, sample, dataset_id, text.
+        table: of one rank's samples.
+        rows: one per sample.
+    """
+    for error in table.errors:
+        first.setdefault(
+            error.kind,
+            {
+                "function": error.function,
+                "sample": error.sample,
+                "dataset_id": rows[error.sample].dataset_id,
+                "text": error.text,
+            },
+        )
+
+
+def lines(
+    by_rank: Sequence[Mapping[str, Mapping[str, Any]]], metrics: Mapping[str, float], step: int
+) -> list[str]:
+    """One line per kind that occurred, of the first rank that saw it."""
+    written = []
+    for kind in ERROR_KINDS:
+        rank = next((r for r, found in enumerate(by_rank) if kind in found), None)
+        if rank is None:
+            continue
+        first, count = by_rank[rank][kind], metrics[f"reward/errors/{kind}"]
+        written.append(
+            f"step {step}: reward {kind} x {count:.0f}, first: function {first['function']}, rank "
+            f"{rank}, sample {first['sample']}, data set {first['dataset_id']}: {first['text']}"
+        )
+    return written
+
+
+def verdict(metrics: Mapping[str, float], bound: float, step: int) -> str | None:
+    """The message that ends the run, or None."""
+    rate = metrics["reward/error_rate"]
+    if rate <= bound:
+        return None
+    names = (*ERROR_KINDS, "not_run")
+    counts = {name: metrics[f"reward/errors/{name}"] for name in names}
+    shown = ", ".join(f"{n:.0f} {name}" for name, n in counts.items() if n)
+    return (
+        f"rewards: expected at most {bound:.1%} of a step's samples without a reward "
+        f"(rewards.max_error_rate), got {rate:.1%} at step {step} ({shown}; the warnings name "
+        "samples). Mend the functions, or raise --rewards.timeout for slow ones or "
+        "--rewards.max_error_rate."
+    )
