@@ -12,6 +12,8 @@ HAS_TRITON = "platform_system == 'Linux' and platform_machine in 'x86_64 aarch64
 # crpo_fast.models reads the weights of a small pretrained model; transformers asks for accelerate.
 GGUF = ["accelerate>=1.6", "gguf>=0.17"]
 
+TRACKERS = ["tensorboard>=2.19", "trackio>=0.43", "wandb>=0.31"]
+
 EXTRAS = {
     "demo": GGUF,
     "test": [
@@ -22,12 +24,13 @@ EXTRAS = {
         "pytest>=9",
         "ruff>=0.17",
         "setuptools>=77",  # the wheel test builds without network
+        *TRACKERS,
     ],
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
     "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
-    "tensorboard": ["tensorboard>=2.19"],
-    "wandb": ["wandb>=0.21"],
-    "trackio": ["trackio>=0.3"],
+    "tensorboard": TRACKERS[:1],
+    "trackio": TRACKERS[1:2],
+    "wandb": TRACKERS[2:],
     "bench": ["matplotlib>=3.10", "trl>=1.16", "liger-kernel>=0.8; platform_system == 'Linux'"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "codespell>=2.4", "pre-commit>=4"]

@@ -302,6 +302,19 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class TrackConfig:
+    """Where metrics also go: ``to`` some of tensorboard, wandb, trackio. Numbers only.
+
+    ``name``: of the run there; empty: a made-up one. ``wandb_mode``: offline | online.
+    """
+
+    to: tuple[str, ...] = ()
+    project: str = "crpo-fast"
+    name: str = ""
+    wandb_mode: str = "offline"
+
+
+@dataclass(frozen=True)
 class PhaseConfig:
     """One ``[[phases]]`` table: ``algorithm`` for ``steps`` optimizer steps."""
 
@@ -318,6 +331,7 @@ class Config:
     """Everything a run depends on."""
 
     seed: int = 0
+    quiet: bool = False  # only warnings, errors and the closing lines
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -333,6 +347,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
 
 

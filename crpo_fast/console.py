@@ -41,6 +41,10 @@ class Reporter:
             if not self._console.is_terminal:
                 sys.stdout.flush()
 
+    def warning(self, text: str) -> None:
+        """A line that stays, marked as a warning."""
+        self.line(f"warning: {text}")
+
     def step(self, text: str, *, last: bool = False) -> None:
         """The progress of a phase; ``last`` leaves it on the screen."""
         if not self._enabled:

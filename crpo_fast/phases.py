@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from crpo_fast import checkpoint, distributed, reward_errors, timing
+from crpo_fast import checkpoint, distributed, reward_errors, timing, trackers
 from crpo_fast.alarm import Verdict
 from crpo_fast.checkpoint import Progress, SaveError
 from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.console import Reporter, notice, step_line
-from crpo_fast.distributed import World
 from crpo_fast.entropy_watch import EntropyWatch
 from crpo_fast.evaluate import evaluate
 from crpo_fast.experience import Experience
@@ -40,6 +39,7 @@ from crpo_fast.session import Session
 from crpo_fast.task import stratified
 from crpo_fast.traces import is_due
 from crpo_fast.updates import UpdatePlan
+from crpo_fast.watch import tokens_and_seconds
 
 
 class Stopped(Exception):
@@ -103,6 +103,14 @@ class Run:
             saved_step=self.progress.step if self.resume.is_own else -1,
         )
         self.probes = Probes(self.session, self.samples)
+        self.trackers = trackers.start(
+            self.config,
+            self.folder.path,
+            self.metrics.read,
+            self.evaluations.results,
+            self.reporter.warning,
+            enabled=main,
+        )
 
     @property
     def seconds(self) -> float:
@@ -163,6 +171,7 @@ class Run:
         failure = self.evaluations.sync()
         if failure:
             notice(f"warning: {failure}; the results wait in memory")
+        self.trackers.evaluation(result)
         self.reporter.line(
             f"evaluation {name}: weighted F1 {result['weighted_f1']:.1f}, format "
             f"{result['format_rate']:.1f} % ({result['num_rows']} rows, "
@@ -344,33 +353,20 @@ class Phase:
         elapsed = time.monotonic() - self._clock
         done = step + 1 - self._first
         metrics.update(extra)
-        metrics.update(_tokens_and_seconds(batch, world))
+        metrics.update(tokens_and_seconds(batch, world))
         metrics["seconds"] = run.seconds
         for k, coef in enumerate(self.loss.stage_coefs):
             metrics[f"stage_coef/{k}"] = coef
         record = {"step": run.progress.step, "phase": self.config.algorithm, "phase_step": step + 1}
         record["lr"] = self.optimizer.param_groups[0]["lr"]
         run.metrics.write({**record, **metrics})
+        run.trackers.metrics({**record, **metrics})
         if batch.trace is not None:
             for sample in batch.trace.records():
                 run.samples.write({**record, **sample})
         eta = elapsed / done * (self.length - step - 1)
         line = step_line(self.config.algorithm, step + 1, self.length, metrics, eta)
         run.reporter.step(line, last=step + 1 == self.length)
-
-
-def _tokens_and_seconds(batch: Experience, world: World) -> dict[str, float]:
-    """Token counts of the step over all ranks, and its seconds: of the slowest rank, by part.
-
-    They begin at the previous record: the checkpoint and the evaluation after a step are in the
-    next one.
-    """
-    seconds = timing.lap()
-    seconds = distributed.largest({**seconds, "step": sum(seconds.values())}, world)
-    lengths = sum(map(len, batch.sequences))
-    local = torch.tensor([lengths, batch.num_sampled], dtype=torch.float64)
-    tokens, sampled = distributed.all_sum(local.to(world.device)).tolist()
-    return {"tokens": tokens, **timing.rates(seconds, tokens, sampled)}
 
 
 def _start(run: Run, index: int, length: int) -> Phase:

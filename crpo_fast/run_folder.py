@@ -26,6 +26,8 @@ from crpo_fast.loss import loss_spec
 # sections and keys that may differ between the starts of one run
 _FREE = (
     "run",
+    "quiet",
+    "track",
     "checkpoint",
     "report",
     "train.max_steps",

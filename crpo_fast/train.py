@@ -18,7 +18,15 @@ from collections.abc import Sequence  # noqa: E402
 
 import torch  # noqa: E402
 
-from crpo_fast import controller, distributed, experience, outcome, run_folder, session  # noqa: E402
+from crpo_fast import (  # noqa: E402
+    controller,
+    distributed,
+    experience,
+    outcome,
+    run_folder,
+    session,
+    trackers,
+)
 from crpo_fast.batch import Row  # noqa: E402
 from crpo_fast.checkpoint import CheckpointError, SaveError  # noqa: E402
 from crpo_fast.config import Config, ConfigError, PhaseConfig, parse_arguments  # noqa: E402
@@ -186,13 +194,15 @@ def _run(
         built = session.build(config, world, folder.path, scorer)
     for line in built.describe():
         reporter.line(line)
+    life = Run(config, built, folder, opened.resume, reporter, stop, started)
     try:
-        train(Run(config, built, folder, opened.resume, reporter, stop, started))
+        train(life)
     except Stopped as reason:
         reporter.line(
             f"stopped by {reason}; saved. The same command continues: --run.dir {folder.path}"
         )
     finally:
+        life.trackers.close()
         reporter.close()
         built.engine.close()
 
@@ -206,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         grammar = build_grammar(config)
         for phase in config.phases:
             controller.build(config.entropy, phase, grammar)
+        trackers.check(config.track)
         with open_rewards(config) as scorer:
             world = distributed.init(config.train.threads, config.train.timeout)
             peers = Peers(world.rank, world.size, world.store, timeout=config.train.timeout)
