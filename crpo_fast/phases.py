@@ -32,7 +32,6 @@ from crpo_fast.optim import build_optimizer
 from crpo_fast.policy import Policy
 from crpo_fast.probes import Probes
 from crpo_fast.results import Evaluations, write_results
-from crpo_fast.rewards import RewardError
 from crpo_fast.run_folder import Resume, RunFolder, advance, phase_lengths
 from crpo_fast.saving import Saver
 from crpo_fast.session import Session
@@ -270,7 +269,8 @@ class Phase:
         self._log(step, metrics, batch)
         run.progress = run.saver.count_reward(run.progress, metrics.get("reward"))
         self._check_finite()
-        self._check_rewards(metrics, batch)
+        if metrics.get("reward/error_rate"):  # the same on all ranks
+            reward_errors.check(run, metrics, batch.reward_errors, lambda: run.save(self.optimizer))
         self._check(step, metrics, verdict)
         if self.config.algorithm != "sft" and is_due(step + 1, run.config.report.probe_every):
             run.probes.answer(run.progress.step)
@@ -305,21 +305,6 @@ class Phase:
         else:
             last = "The weights themselves are not finite and were not saved."
         raise run.guard.error(last)
-
-    def _check_rewards(self, metrics: dict[str, float], batch: Experience) -> None:
-        """Name samples without a reward; too many of them end the run, saved."""
-        run = self.run
-        if not metrics.get("reward/error_rate"):  # the same on all ranks
-            return
-        by_rank = distributed.all_gather(batch.reward_errors, run.session.world)
-        for line in reward_errors.lines(by_rank, metrics, run.progress.step):
-            run.reporter.line(f"warning: {line}")
-        bound = run.config.rewards.max_error_rate
-        message = reward_errors.verdict(metrics, bound, run.progress.step)
-        if message is not None:
-            saved = run.save(self.optimizer)
-            last = "The state is saved: the same command continues." if saved else "Saving failed."
-            raise RewardError(f"{message} {last}")
 
     def _check(self, step: int, metrics: dict[str, float], verdict: Verdict) -> None:
         rollout = self.run.config.rollout

@@ -11,12 +11,16 @@ the exception; no text of a post.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from crpo_fast import distributed
 from crpo_fast.batch import Row
 from crpo_fast.metrics import Sums
-from crpo_fast.reward_calls import ERROR_KINDS, RewardTable
+from crpo_fast.reward_calls import ERROR_KINDS, RewardError, RewardTable
+
+if TYPE_CHECKING:
+    from crpo_fast.phases import Run
 
 
 def record(sums: Sums, table: RewardTable) -> None:
@@ -47,6 +51,30 @@ def note(first: dict[str, dict[str, Any]], table: RewardTable, rows: Sequence[Ro
                 "text": error.text,
             },
         )
+
+
+def check(
+    run: Run, metrics: Mapping[str, float], first: dict[str, Any], save: Callable[[], bool]
+) -> None:
+    """Name a sample of each kind; too many failures end the run. A collective.
+
+    Args:
+        run: its reporter, config, progress and world.
+        metrics: of the step, global.
+        first: of this rank (see `note`).
+        save: writes a checkpoint; whether it could.
+
+    Raises:
+        RewardError: more than ``rewards.max_error_rate`` of the samples failed.
+    """
+    step, bound = run.progress.step, run.config.rewards.max_error_rate
+    by_rank = distributed.all_gather(first, run.session.world)
+    for line in lines(by_rank, metrics, step):
+        run.reporter.line(f"warning: {line}")
+    message = verdict(metrics, bound, step)
+    if message is not None:
+        last = "The state is saved: the same command continues." if save() else "Saving failed."
+        raise RewardError(f"{message} {last}")
 
 
 def lines(
