@@ -283,11 +283,13 @@ def _with_reference(config: Config, path: Path, progress: Progress) -> Resume:
     """The resume point with the start of its phase, which the KL reference needs."""
     phase = config.phases[progress.phase]
     needed = progress.phase > 0 and loss_spec(config, phase, []).objective.kl_coef > 0
-    start = checkpoint.phase_end(path.parent, progress) if needed else None
+    start, why = None, "it is not beside it"
+    try:
+        start = checkpoint.phase_end(path.parent, progress) if needed else None
+    except CheckpointError as error:
+        why = f"{error.path.name}: {error.why}"
     if needed and start is None:
-        raise CheckpointError(
-            path, f"the end of phase {progress.phase}, its KL reference, is not beside it"
-        )
+        raise CheckpointError(path, f"no KL reference, the end of phase {progress.phase}: {why}")
     return Resume(progress, path, start)
 
 

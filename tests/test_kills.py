@@ -62,7 +62,7 @@ def finish(command: list[str]) -> str:
 
 
 def kill_in_time(command: list[str], log: Path, steps: int, delay: float) -> bool:
-    """Kill the whole tree some time after ``steps`` more lines stand in ``log``; False: too late."""
+    """Kill the whole tree some time after ``steps`` more lines in ``log``; False: too late."""
     process = start(command)
     wanted = count_lines(log) + steps
     while process.poll() is None and count_lines(log) < wanted:
