@@ -1,179 +1,202 @@
-"""Started by torchrun from test_layouts.py: one step's gradients against a dense reference.
+"""Started by torchrun from test_layouts.py with a folder to write into; all checks of one world.
 
-The reference knows nothing of packing, sharding or the fused loss: one sequence at a time through
-the plain model, log-softmax of its logits, the formulas of the design written out with global
-counts.
+gradients   every case of the covering set in fp64 and fp32, against the dense reference
+two_steps   a no-grad pass between backward and update must not leave stale weights behind
+bf16        fp32 masters with bf16 compute: the gradients themselves, for the test to compare
+runs        whole runs of train.py (layout_run.py): their metrics.jsonl
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import types
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import layout_run
 from crpo_fast import distributed
 from crpo_fast import policy as policies
-from crpo_fast.loss import LossSpec
-from crpo_fast.models import build_model
-from crpo_fast.packing import Sequence
-from crpo_fast.step import accumulate, micro_batches
-from crpo_kernels import ObjectiveSpec
+from crpo_fast.distributed import World
+from crpo_fast.packing import MicroBatch, Sequence
+from crpo_fast.policy import Policy
+from crpo_fast.step import accumulate, micro_batches, optimizer_step
+from layout_cases import SHARES, TEMPERATURE, Case, covering_set, make_model, old_logprobs, split
+from layout_reference import dense, expect
 
-COEFS = (-0.05, 0.02, 0.04)
-KL, TEMPERATURE, MAX_LENGTH = 0.01, 0.85, 24
-LENGTHS = [(7, 5), (3, 20), (9, 1), (4, 11), (30, 9), (5, 16), (2, 3), (12, 12)]
-VOCAB = 53
-
-
-def make_model(tied: bool, dtype: torch.dtype, seed: int = 1) -> torch.nn.Module:
-    model = build_model(
-        "llama",
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=24,
-        tie_word_embeddings=tied,
-        eos_token_id=1,
-        pad_token_id=0,
-        seed=seed,
-    ).to(dtype)
-    for module in model.modules():  # transformers' norm computes in fp32 whatever the dtype
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = types.MethodType(norm, module)
-    with torch.no_grad():  # norm weights away from one
-        generator = torch.Generator().manual_seed(seed)
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype))
-    return model
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+BASE = Case("bnpo", "clip", "sequence_mean", "k3", True, "packed", False, False, "whole", "even")
 
 
-def norm(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-
-
-def make_sequences() -> list[Sequence]:
-    generator = torch.Generator().manual_seed(3)
-    sequences = []
-    for prompt, completion in LENGTHS:
-        ids = torch.randint(2, VOCAB, (prompt + completion,), generator=generator).tolist()
-        stages = sorted(torch.randint(-1, 3, (completion,), generator=generator).tolist())
-        logprobs = (-torch.rand(completion, generator=generator, dtype=torch.float64) * 4).tolist()
-        advantage = float(torch.randn((), generator=generator, dtype=torch.float64))
-        sequences.append(Sequence(ids[:prompt], ids[prompt:], stages, logprobs, advantage))
-    return sequences
-
-
-def dense(model: torch.nn.Module, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.tensor([*sequence.prompt_ids, *sequence.completion_ids])
-    logits = model(input_ids=ids[None], use_cache=False).logits[
-        0, len(sequence.prompt_ids) - 1 : -1
-    ]
-    logp = torch.log_softmax(logits / TEMPERATURE, -1)
-    chosen = logp.gather(1, torch.tensor(sequence.completion_ids)[:, None])[:, 0]
-    return chosen, -(logp.exp() * logp).sum(-1)
-
-
-def reference_loss(
-    model: torch.nn.Module, frozen: torch.nn.Module, sequences: list[Sequence], aggregation: str
-) -> torch.Tensor:
-    counts = [len(s.completion_ids) for s in sequences]
-    total = torch.zeros((), dtype=next(model.parameters()).dtype)
-    for i, sequence in enumerate(sequences):
-        logp, entropy = dense(model, sequence)
-        with torch.no_grad():
-            ref, _ = dense(frozen, sequence)
-        rho = torch.exp(logp.detach() - torch.tensor(sequence.rollout_logprobs, dtype=logp.dtype))
-        policy = -rho.clamp(max=2.0) * torch.exp(logp - logp.detach()) * sequence.advantage
-        kl = torch.exp(ref - logp) - 1 - (ref - logp)
-        group = sum(counts[i // 4 * 4 : i // 4 * 4 + 4])
-        weight = {
-            "token_mean": 1 / sum(counts),
-            "sequence_mean": 1 / (counts[i] * len(counts)),
-            "constant": 1 / (len(counts) * MAX_LENGTH),
-            "bnpo": 1 / (len(counts) / 4 * group),
-        }[aggregation]
-        total = total + weight * (policy + KL * kl).sum()
-        for k, coef in enumerate(COEFS):
-            mask = torch.tensor(sequence.stage_ids) == k
-            if mask.any():
-                total = total + coef / len(counts) * entropy[mask].mean()
-    return total
-
-
-def whole_grad(parameter: torch.Tensor) -> torch.Tensor:
-    grad = parameter.grad
-    return grad.full_tensor() if isinstance(grad, DTensor) else grad
-
-
-def error(
-    world: distributed.World,
-    aggregation: str,
-    tied: bool,
-    layout: str,
-    dtype: torch.dtype,
-    budget: int,
-) -> tuple[float, str, list[int]]:
-    sequences = make_sequences()
-    plain, frozen = make_model(tied, dtype), make_model(tied, dtype, seed=2)
-    loss = reference_loss(plain, frozen, sequences, aggregation)
-    loss.backward()
-    expected_loss = float(loss.detach())
-    policy = policies.create(make_model(tied, dtype), world, compute_dtype=dtype)
-    reference = policies.create(frozen, world, compute_dtype=dtype, trainable=False)
-    spec = LossSpec(
-        objective=ObjectiveSpec.preset("crpo", kl_coef=KL, rho_mode="truncate"),
-        aggregation=aggregation,
-        stage_coefs=COEFS,
-        temperature=TEMPERATURE,
-        max_length=MAX_LENGTH,
-        group=4,
+def make_policy(case: Case, world: World, dtype: torch.dtype, compute: torch.dtype) -> Policy:
+    return policies.create(
+        make_model(case.tied, dtype),
+        world,
+        compute_dtype=compute,
+        activation_checkpointing=case.checkpointing,
+        freeze_head=case.frozen_head,
     )
-    share = len(sequences) // world.size
-    mine = sequences[world.rank * share : (world.rank + 1) * share]
+
+
+def make_reference(case: Case, world: World, dtype: torch.dtype) -> Policy | None:
+    if case.kl == "none":
+        return None
+    model = make_model(case.tied, dtype, seed=2)
+    return policies.create(model, world, compute_dtype=dtype, trainable=False)
+
+
+def make_batches(
+    case: Case, policy: Policy, reference: Policy | None, sequences: list[Sequence] | None = None
+) -> list[MicroBatch]:
+    """This rank's micro-batches, with old logprobs where the case has them."""
+    world = policy.world
+    everything = case.sequences() if sequences is None else sequences
+    counts = SHARES[case.shares][world.size]
+    mine = split(everything, counts)[world.rank]
     batches = micro_batches(
-        mine, spec, policy, token_budget=budget, layout=layout, reference=reference
+        mine,
+        case.spec,
+        policy,
+        token_budget=case.token_budget(world.size),
+        layout=case.layout,
+        reference=reference,
     )
-    real = distributed.all_gather(sum(b.labels.numel() > 0 for b in batches), world)
-    total, *_ = accumulate(policy, batches, spec)
-    mean = float(distributed.all_sum(torch.tensor(total, dtype=torch.float64))) / world.size
-    worst, name = abs(mean - expected_loss) / abs(expected_loss), "loss"
-    expected = dict(plain.named_parameters())
-    for key, parameter in policy.model.named_parameters():
-        want, got = expected[key].grad, whole_grad(parameter)
-        assert want.abs().max() > 0, key
-        delta = float((got - want).abs().max() / want.abs().max())
-        if not delta <= worst:
-            worst, name = delta, key
-    return worst, name, real
+    if not case.objective.endswith("_old"):
+        return batches
+    old = split(old_logprobs(everything), counts)[world.rank]
+    flat = torch.tensor([x for xs in old for x in xs], dtype=batches[0].vectors["advantages"].dtype)
+    return [b.with_vectors(old_logprobs=flat[b.source]) for b in batches]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A collective where ``tensor`` is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def grads_of(policy: Policy) -> dict[str, Tensor]:
+    """Whole gradients by name. A collective."""
+    named = list(policy.model.named_parameters())
+    return {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
+
+
+def worst(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest max |error| / max |gradient| of a tensor, and its name."""
+    assert grads.keys() == expected.keys(), grads.keys() ^ expected.keys()
+    errors = {}
+    for name, want in expected.items():
+        assert want.abs().max() > 0, f"{name}: a gradient of zero shows nothing"
+        errors[name] = float((grads[name] - want).abs().max() / want.abs().max())
+    name = max(errors, key=errors.__getitem__)
+    return errors[name], name
+
+
+def one_case(case: Case, world: World, name: str) -> dict[str, Any]:
+    """One real optimizer step with learning rate 0; rank 0 has the dense reference beside it."""
+    dtype = DTYPES[name]
+    policy = make_policy(case, world, dtype, dtype)
+    batches = make_batches(case, policy, make_reference(case, world, dtype))
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    update = optimizer_step(policy, optimizer, batches, case.spec, max_grad_norm=1e9)
+    grads = grads_of(policy)
+    rows = distributed.all_gather([b.labels.numel() for b in batches], world)
+    result: dict[str, Any] = {"dtype": name, "metrics": update.metrics(), "rows": rows}
+    if world.is_main:
+        plain, frozen = make_model(case.tied, dtype), make_model(case.tied, dtype, seed=2)
+        expected = expect(case, plain, frozen, old_logprobs(case.sequences()))
+        result["error"], result["tensor"] = worst(grads, expected.grads)
+        result["expected"] = expected.metrics
+    return result
+
+
+def gradients(world: World) -> list[dict[str, Any]]:
+    """Every case in both dtypes."""
+    cases = list(enumerate(covering_set()))
+    return [{"case": i, **one_case(case, world, n)} for i, case in cases for n in DTYPES]
+
+
+def two_steps(world: World, case: Case) -> dict[str, float]:
+    """Backward, a pass without gradients, an update, and the gradients at the new weights."""
+    policy = make_policy(case, world, torch.float64, torch.float64)
+    batches = make_batches(case, policy, None)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    plain = make_model(case.tied, torch.float64)
+    before = logprob_error(policy, batches, plain, case)  # nothing was updated yet
+    accumulate(policy, batches, case.spec)
+    logprob_error(policy, batches, plain, case)
+    optimizer.step()
+    optimizer.zero_grad()
+    state = distributed.model_state(policy.model)
+    accumulate(policy, batches, case.spec)
+    grads = grads_of(policy)
+    error = 0.0
+    if world.is_main:
+        plain.load_state_dict(state)
+        error, _ = worst(grads, expect(case, plain, plain, old_logprobs(case.sequences())).grads)
+    return {"logprobs": before, "gradient": error}
+
+
+def logprob_error(
+    policy: Policy, batches: list[MicroBatch], plain: torch.nn.Module, case: Case
+) -> float:
+    """Largest difference of ``Policy.logprobs`` from the plain model's, in nats."""
+    mine = split(case.sequences(), SHARES[case.shares][policy.world.size])[policy.world.rank]
+    with torch.no_grad():
+        parts = [dense(plain, s)[0] for s in mine if s.completion_ids]
+    want = torch.cat([torch.zeros(0, dtype=torch.float64), *parts])
+    got = torch.full_like(want, torch.nan)
+    for batch in batches:
+        got[batch.source] = policy.logprobs(batch, TEMPERATURE)
+    return float((got - want).abs().max()) if len(want) else 0.0
+
+
+def bf16(world: World, out: Path) -> None:
+    """Gradients with one sequence a micro-batch; at one rank also those of each micro-batch."""
+    for name, count in (("two", 2), ("eight", 8)):
+        for tied in (True, False):
+            case = replace(BASE, tied=tied, shares=name, micro_batches=8)
+            save_bf16(world, case, case.sequences()[:count], out / f"bf16_{name}_{tied}")
+
+
+def save_bf16(world: World, case: Case, sequences: list[Sequence], out: Path) -> None:
+    reference = make_reference(case, world, torch.bfloat16)
+    policy = make_policy(case, world, torch.float32, torch.bfloat16)
+    batches = make_batches(case, policy, reference, sequences)
+    metrics = distributed.all_gather(accumulate(policy, batches, case.spec)[0], world)
+    grads = grads_of(policy)
+    assert all(g.dtype == torch.float32 for g in grads.values())
+    if world.is_main:
+        save_file(grads, out.with_suffix(".safetensors"))
+        out.with_suffix(".json").write_text(json.dumps(sum(metrics) / world.size))
+    if world.size > 1:
+        return
+    assert len(batches) == len(sequences)  # each is a micro-batch of its own at every world size
+    for i, batch in enumerate(batches):
+        policy.model.zero_grad(set_to_none=True)
+        accumulate(policy, [batch], case.spec)
+        save_file(grads_of(policy), out.with_name(f"{out.name}_part{i}.safetensors"))
 
 
 def main() -> None:
-    world = distributed.init(threads=1)
-    results = []
-    for dtype in (torch.float64, torch.float32):
-        for aggregation in ("token_mean", "sequence_mean", "constant", "bnpo"):
-            for tied in (True, False):
-                for layout in ("packed", "padded"):
-                    worst, name, counts = error(world, aggregation, tied, layout, dtype, budget=60)
-                    results.append(
-                        {
-                            "dtype": str(dtype),
-                            "aggregation": aggregation,
-                            "tied": tied,
-                            "layout": layout,
-                            "error": worst,
-                            "tensor": name,
-                            "micro_batches": counts,
-                        }
-                    )
+    world, out = distributed.init(threads=1), Path(sys.argv[1])
+    start = time.monotonic()
+    results: dict[str, Any] = {"gradients": gradients(world)}
+    results["two_steps"] = [
+        two_steps(world, replace(BASE, kl="none", tied=tied, checkpointing=on, shares="skewed"))
+        for tied, on in ((True, False), (False, True))
+    ]
+    bf16(world, out)
     if world.is_main:
-        with open(sys.argv[1], "w", encoding="utf-8") as file:
-            json.dump(results, file)
+        (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    layout_run.main(world, out)
+    print(f"{time.monotonic() - start:.0f} s")
     distributed.shutdown()
 
 

@@ -12,7 +12,7 @@ from crpo_fast.loss import LossSpec, flat_vectors, loss_spec, micro_batch_loss
 from crpo_fast.packing import MicroBatch, Sequence, pack
 from crpo_fast.policy import install_head
 from crpo_kernels import ObjectiveSpec
-from layout_worker import COEFS, make_model, make_sequences
+from layout_cases import COEFS, make_model, make_sequences
 
 
 def same(x: torch.Tensor) -> torch.Tensor:
