@@ -159,13 +159,33 @@ def score_predictions(
     return {**scores, "rows": len(gold), "per_dataset": per_dataset}
 
 
-def _weighted_f1(counts: np.ndarray) -> np.ndarray:
-    """Weighted F1 in percent of count matrices [..., C gold, C + 1 predicted] -> [...]."""
-    hits = np.diagonal(counts, axis1=-2, axis2=-1).astype(float)  # [..., C]
-    support = counts.sum(axis=-1)  # [..., C]
-    guessed = counts.sum(axis=-2)[..., :-1]  # [..., C]
-    f1 = 2 * hits / np.maximum(support + guessed, 1)
-    return 100 * (f1 * support).sum(axis=-1) / np.maximum(support.sum(axis=-1), 1)
+def _draw_f1(
+    gold: Sequence[str],
+    predictions: Sequence[Sequence[str | None]],  # [P][N]
+    labels: Sequence[str],
+    rng: np.random.Generator,
+    resamples: int,
+) -> np.ndarray:  # [P, resamples]
+    """Weighted F1 in percent of every set of predictions, on the same resampled rows.
+
+    Rows with equal labels are drawn together: their numbers are multinomial.
+    """
+    index = {label: i for i, label in enumerate(labels)}
+    rows = np.array(
+        [[index[g], *(index.get(p, len(labels)) for p in ps)]  # None: counted for no label
+         for g, *ps in zip(gold, *predictions, strict=True)]
+    )  # [N, 1 + P] # fmt: skip
+    cells, counts = np.unique(rows, axis=0, return_counts=True)  # [U, 1 + P], [U]
+    draws = rng.multinomial(len(rows), counts / len(rows), size=resamples)  # [R, U]
+    one_hot = np.eye(len(labels) + 1)[:, :-1]  # [C + 1, C]
+    support = draws @ one_hot[cells[:, 0]]  # [R, C]
+    scores = []
+    for guesses in cells.T[1:]:
+        guessed = draws @ one_hot[guesses]  # [R, C]
+        hits = draws @ (one_hot[guesses] * (guesses == cells[:, 0])[:, None])  # [R, C]
+        f1 = 2 * hits / np.maximum(support + guessed, 1)
+        scores.append(100 * (f1 * support).sum(axis=1) / len(rows))
+    return np.stack(scores)
 
 
 def bootstrap_interval(
@@ -174,20 +194,22 @@ def bootstrap_interval(
     dataset_ids: Sequence[str],
     label_sets: Mapping[str, Sequence[str]],
     *,
+    before: Sequence[str | None] | None = None,
     resamples: int = 1000,
     level: float = 95.0,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the average weighted F1, in percent.
 
-    Rows are drawn with replacement inside each data set; drawing the cells of its confusion matrix
-    from a multinomial is the same draw, and faster.
+    Rows are drawn with replacement inside each data set.
 
     Args:
         gold: as in ``score_predictions``, like the next three.
         predicted: see there.
         dataset_ids: see there.
         label_sets: see there.
+        before: earlier predictions for the same rows: the interval is of the change since then,
+            both scored on the same draws (a paired bootstrap).
         resamples: number of draws.
         level: percent of the draws inside the interval.
         seed: of the draws; the same seed gives the same interval.
@@ -197,11 +219,12 @@ def bootstrap_interval(
     """
     rng = np.random.default_rng(seed)
     draws = []
+    earlier = None if before is None else _groups(gold, before, dataset_ids)
     for name, (labels_gold, guesses) in _groups(gold, predicted, dataset_ids).items():
-        labels = _labels_of(name, labels_gold, guesses, label_sets)
-        table = [UNPARSEABLE if guess is None else guess for guess in guesses]
-        counts = confusion_matrix(labels_gold, table, labels=[*labels, UNPARSEABLE])[:-1]
-        cells = rng.multinomial(len(labels_gold), counts.ravel() / counts.sum(), size=resamples)
-        draws.append(_weighted_f1(cells.reshape(resamples, *counts.shape)))
+        predictions = [guesses] if earlier is None else [guesses, earlier[name][1]]
+        named = [p for column in predictions for p in column]
+        labels = _labels_of(name, labels_gold, named, label_sets)
+        scores = _draw_f1(labels_gold, predictions, labels, rng, resamples)
+        draws.append(scores[0] if earlier is None else scores[0] - scores[1])
     low, high = np.percentile(np.mean(draws, axis=0), [50 - level / 2, 50 + level / 2])
     return float(low), float(high)
