@@ -20,6 +20,7 @@ EXTRAS = {
         *GGUF,
         "coverage>=7.6",
         "hypothesis>=6.130",
+        "playwright>=1.49",  # the report in a real browser, when a chromium is there
         "pyrefly>=1.4",
         "pytest>=9",
         "ruff>=0.17",
@@ -49,7 +50,11 @@ setup(
         *find_packages(".", include=["crpo_fast", "crpo_fast.*"]),
         *find_packages("kernels", include=["crpo_kernels", "crpo_kernels.*"]),
     ],
-    package_data={"crpo_fast": ["py.typed"], "crpo_kernels": ["py.typed"]},
+    package_data={
+        "crpo_fast": ["py.typed"],
+        "crpo_fast.report": ["*.html", "*.css", "*.js"],
+        "crpo_kernels": ["py.typed"],
+    },
     install_requires=[
         "jinja2>=3.1",  # chat templates
         "numpy>=1.26",

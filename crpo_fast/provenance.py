@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from crpo_fast.metrics import JsonLines
 
 _PACKAGES = ("crpo-fast", "torch", "transformers", "numpy", "triton", "flash-attn")
 _CODE = Path(__file__).resolve().parent.parent
@@ -38,8 +39,7 @@ def record_start(run_dir: Path, *, step: int, ranks: int, device: str) -> None:
         "versions": versions(),
         "commit": commit(),
     }
-    with (run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    JsonLines(run_dir / "starts.jsonl").write(record)
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,8 @@ from crpo_fast import (  # noqa: E402
     distributed,
     experience,
     outcome,
+    provenance,
+    report,
     run_folder,
     session,
     trackers,
@@ -194,6 +196,13 @@ def _run(
         built = session.build(config, world, folder.path, scorer)
     for line in built.describe():
         reporter.line(line)
+    if world.is_main:
+        provenance.record_start(
+            folder.path,
+            step=opened.resume.progress.step,
+            ranks=world.size,
+            device=world.device.type,
+        )
     life = Run(config, built, folder, opened.resume, reporter, stop, started)
     try:
         train(life)
@@ -203,6 +212,8 @@ def _run(
         )
     finally:
         life.trackers.close()
+        if world.is_main:
+            report.write_at_end(folder.path, reporter.line)
         reporter.close()
         built.engine.close()
 

@@ -68,7 +68,8 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel):
     expected = {
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in sources.items()
-        for path in [*folder.rglob("*.py"), *folder.rglob("py.typed")]
+        for pattern in ("*.py", "py.typed", "*.html", "*.css", "*.js")
+        for path in folder.rglob(pattern)
     }
     assert names == expected
 

@@ -8,13 +8,13 @@ words, privacy  what is hidden    page  data and HTML    *.js, *.css, *.html  th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crpo_fast.report.folder import ReportError
 from crpo_fast.report.page import page_data, render
 
-__all__ = ["ReportError", "page_data", "render", "write"]
+__all__ = ["ReportError", "page_data", "render", "write", "write_at_end"]
 
 
 def write(runs: Sequence[str | Path], out: str | Path, *, show_text: bool = False) -> Path:
@@ -34,3 +34,15 @@ def write(runs: Sequence[str | Path], out: str | Path, *, show_text: bool = Fals
     temporary.write_text(html, encoding="utf-8")
     temporary.replace(out)
     return out
+
+
+def write_at_end(run: Path, say: Callable[[str], None]) -> None:
+    """<run>/report.html when training ends, however it ends.
+
+    A report that fails is named and ends nothing: the weights are saved by then.
+    """
+    try:
+        say(f"report: {write([run], run / 'report.html')}")
+    except Exception as error:
+        again = f"python -m crpo_fast.report {run}"
+        say(f"report.html was not written ({type(error).__name__}: {error}). Try {again}")

@@ -56,7 +56,11 @@ def _change(
     before, after = cells.get("before"), cells.get("after")
     if not before or not after:
         return None
-    change = {"value": after["weighted_f1"] - before["weighted_f1"], "low": None, "high": None}
+    change: dict[str, Any] = {
+        "value": after["weighted_f1"] - before["weighted_f1"],
+        "low": None,
+        "high": None,
+    }
     pairs = [
         (rows(evaluations["before"], member), rows(evaluations["after"], member))
         for member in members
@@ -112,7 +116,7 @@ def rows(evaluation: dict[str, Any], name: str) -> dict[str, list[Any]] | None:
 
 def history(evaluations: dict[str, Any]) -> list[dict[str, Any]]:
     """Weighted F1 of every evaluation, by step."""
-    found = []
+    found: list[dict[str, Any]] = []
     for name, evaluation in evaluations.items():
         low, high = interval(evaluation, list(evaluation["per_dataset"]))
         point = {"name": name, "step": evaluation.get("step", 0), "low": low, "high": high}
