@@ -14,6 +14,7 @@ from crpo_fast import policy as policies
 from crpo_fast.distributed import World
 from crpo_fast.step import micro_batches
 from crpo_fast.updates import run_updates
+from entropy_cases import controlled
 from layout_worker import make_model
 from loop_cases import CASES, ROWS, collected, errors, guard_of, sequences_of, spec_of, whole
 
@@ -65,6 +66,7 @@ def main(out: Path) -> None:
         "updates": {case.name: errors(case, world, out.parent) for case in CASES},
         "not_finite": distributed.all_gather(not_finite(world, out.parent), world),
         "dynamic": distributed.all_gather(dynamic(world), world),
+        "entropy": distributed.all_gather(controlled(world, out.parent), world),
     }
     if world.is_main:
         out.write_text(json.dumps(results))

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from crpo_fast import distributed
+from entropy_cases import controlled
 from loop_cases import CASES
 
 WORKER = Path(__file__).with_name("loop_worker.py")
@@ -77,3 +79,18 @@ def test_ranks_agree_on_the_rounds_of_dynamic_sampling(results: dict[str, Any]) 
     assert counts["groups/sampled"] == len(sampled)
     assert counts["groups/dropped"] == sum(i % 2 for i in sampled)
     assert counts["groups/missing"] == 2 - len(second["prompts"])
+
+
+def test_the_dual_controller_does_the_same_at_two_ranks(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    """It sees global means: both ranks have the coefficients of one rank, to rounding."""
+    alone = controlled(distributed.init(threads=1), tmp_path)
+    distributed.shutdown()
+    first, second = results["entropy"]
+    assert first == second
+    for name, steps in alone.items():
+        for ours, theirs in zip(steps, first[name], strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-10)
+    assert alone["coefs"][0] == [-0.5, 0.0, 0.5]
+    assert len({tuple(coefs) for coefs in alone["coefs"]}) == len(alone["coefs"])
