@@ -273,23 +273,24 @@ class RewardPool:
         """Wait for answers, take them in, replace workers that died or are late."""
         for worker in self._workers:
             write = selectors.EVENT_WRITE if worker.process.wants_to_send else 0
-            self._selector.modify(worker.process, selectors.EVENT_READ | write, worker)
+            if self._selector.get_key(worker.process).events != selectors.EVENT_READ | write:
+                self._selector.modify(worker.process, selectors.EVENT_READ | write, worker)
         awaited = [w.deadline for w in self._workers if w.is_awaited]
         first = min(awaited, default=math.inf) - time.monotonic()
-        self._selector.select(min(_LOOK, max(0.0, first)))
-        for worker in list(self._workers):
+        events = self._selector.select(min(_LOOK, max(0.0, first)))
+        touched = [key.data for key, _ in events] or list(self._workers)
+        for worker in touched:
             worker.process.flush()
             try:
                 for answer in worker.process.receive():
                     self._take(worker, answer, groups)
             except WorkerDied as death:
                 self._lose(worker, groups, "crash", f"the worker ended: {death}")
-                continue
-            if worker.is_awaited and time.monotonic() >= worker.deadline:
-                worker.process.kill()
-                samples = sum(len(call.samples) for call in worker.calls)
-                text = f"no answer within {samples * self._timeout:g} s"
-                self._lose(worker, groups, "timeout", text)
+        now = time.monotonic()
+        for worker in [w for w in self._workers if w.is_awaited and now >= w.deadline]:
+            worker.process.kill()
+            samples = sum(len(call.samples) for call in worker.calls)
+            self._lose(worker, groups, "timeout", f"no answer within {samples * self._timeout:g} s")
         self._fill()
 
     def _take(self, worker: _Worker, answer: dict[str, Any], groups: GroupCalls | None) -> None:
