@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crpo_fast import distributed
+from crpo_fast import distributed, timing
 from crpo_fast.batch import Row, SamplingParams
 from crpo_fast.distributed import World
 from crpo_fast.rollout import Engine
@@ -27,6 +27,7 @@ def evaluate(
     mine = range(world.rank, len(rows), world.size)
     share = -(-len(rows) // world.size)
     for start in range(0, share, batch):  # generation is a collective: equally often on all ranks
+        timing.set_detail(f"{start * world.size} of {len(rows)} rows")
         indices = mine[start : start + batch]
         prompts = [task.prompt(rows[i])[0] for i in indices]
         groups = engine.generate(prompts, 1, params, seed=0)

@@ -150,6 +150,8 @@ def _sample(
     _add_rewards(sums, table, group_size)
     reward_errors.record(sums, table)
     reward_errors.note(errors, table, repeated)
+    for row, completion in zip(repeated, completions, strict=True):
+        sums.add("completions/right", task.is_right(row, completion), 1)
     for _, truncated in prompts:
         sums.add("prompts/truncated", truncated > 0, 1)
     for sample in (s for g in groups for s in g.samples):

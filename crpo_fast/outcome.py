@@ -39,11 +39,11 @@ def show(summary: dict[str, Any], run_dir: Path, reporter: Reporter) -> None:
         rows.append(_row("average", [summary[c] for c in columns]))
     reporter.table("weighted F1 and format rate on held-out rows, percent", header, rows)
     gain = last["weighted_f1"] - first["weighted_f1"]
-    reporter.line(
+    reporter.closing(
         f"{duration(summary['seconds'])} in all, weighted F1 {first['weighted_f1']:.1f} -> "
         f"{last['weighted_f1']:.1f} ({gain:+.1f}), curves in {run_dir / 'plots'}"
     )
-    reporter.line(
+    reporter.closing(
         f"model: {run_dir / 'final'}   load it with "
         f"transformers.AutoModelForCausalLM.from_pretrained({str(run_dir / 'final')!r})"
     )

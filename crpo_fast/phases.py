@@ -21,7 +21,8 @@ from crpo_fast import checkpoint, distributed, reward_errors, timing, trackers
 from crpo_fast.alarm import Verdict
 from crpo_fast.checkpoint import Progress, SaveError
 from crpo_fast.config import Config, PhaseConfig
-from crpo_fast.console import Reporter, notice, step_line
+from crpo_fast.console import Reporter, notice
+from crpo_fast.endings import EntropyExplosionError, MismatchError, Stopped, StopSignal
 from crpo_fast.entropy_watch import EntropyWatch
 from crpo_fast.evaluate import evaluate
 from crpo_fast.experience import Experience
@@ -38,30 +39,7 @@ from crpo_fast.session import Session
 from crpo_fast.task import stratified
 from crpo_fast.traces import is_due
 from crpo_fast.updates import UpdatePlan
-from crpo_fast.watch import tokens_and_seconds
-
-
-class Stopped(Exception):
-    """The run was asked to stop; its state is saved."""
-
-
-class MismatchError(RuntimeError):
-    """The engine samples from other weights than the trainer trains."""
-
-
-class EntropyExplosionError(RuntimeError):
-    """A stage's entropy ran away; the message gives advice and the state is saved."""
-
-
-class StopSignal:
-    """Remembers SIGTERM and SIGINT; all ranks agree on it once per step."""
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __call__(self, signum: int, _frame: Any) -> None:
-        """The handler that Python calls."""
-        self.received = signum
+from crpo_fast.watch import PhaseLine, tokens_and_seconds
 
 
 @dataclass
@@ -87,7 +65,7 @@ class Run:
             self.config.train.max_nonfinite,
             self.folder.path / "nonfinite",
             self.session.world,
-            self.reporter.line,
+            self.reporter.warning,
         )
         if "nonfinite" in self.progress.controllers:
             self.guard.load_state_dict(self.progress.controllers["nonfinite"])
@@ -229,12 +207,14 @@ class Phase:
     reference: Policy | None
     entropy: EntropyWatch
     plan: UpdatePlan
+    line: PhaseLine
 
     def steps(self) -> Iterator[int]:
         """The 0-based steps of the phase that are not done."""
-        self._clock, self._first = time.monotonic(), self.run.progress.phase_steps
+        self._first = self.run.progress.phase_steps
         if 0 < self._first < self.length:
             self._evaluate(self._first)  # when a signal came before it
+        self.run.reporter.begin(self.line.begin(self._first))
         timing.lap()  # the first step's seconds begin here
         for step in range(self._first, self.length):
             timing.begin_step(self.run.progress.step + 1)
@@ -319,7 +299,7 @@ class Phase:
                 "--rollout.max_mismatch knowingly."
             )
         for message in verdict.warnings:
-            self.run.reporter.line(f"warning: {message}")
+            self.run.reporter.warning(message)
         if verdict.stop is not None:
             self.run.save(self.optimizer)
             raise EntropyExplosionError(verdict.stop)
@@ -335,8 +315,6 @@ class Phase:
         run = self.run
         world = run.session.world
         extra = batch.sums.means(lambda x: distributed.all_sum(x.to(world.device)).cpu())
-        elapsed = time.monotonic() - self._clock
-        done = step + 1 - self._first
         metrics.update(extra)
         metrics.update(tokens_and_seconds(batch, world))
         metrics["seconds"] = run.seconds
@@ -349,9 +327,11 @@ class Phase:
         if batch.trace is not None:
             for sample in batch.trace.records():
                 run.samples.write({**record, **sample})
-        eta = elapsed / done * (self.length - step - 1)
-        line = step_line(self.config.algorithm, step + 1, self.length, metrics, eta)
-        run.reporter.step(line, last=step + 1 == self.length)
+        run.reporter.step(
+            self.line.after(step + 1, metrics, run.evaluations.results),
+            first=step == self._first,
+            last=step + 1 == self.length,
+        )
 
 
 def _start(run: Run, index: int, length: int) -> Phase:
@@ -379,7 +359,18 @@ def _start(run: Run, index: int, length: int) -> Phase:
         f"phase {index + 1}/{len(run.config.phases)}: {config.algorithm}, {length} steps"
     )
     plan = _plan(run.config, config)
-    return Phase(run, index, length, config, spec, optimizer, reference, entropy, plan)
+    line = PhaseLine(
+        config.algorithm,
+        length,
+        session.task.grammar.names,
+        floor=run.config.entropy.alarm_floor,
+        records=_records(run, resume.progress.phase_steps) if continues else (),
+    )
+    return Phase(run, index, length, config, spec, optimizer, reference, entropy, plan, line)
+
+
+def _records(run: Run, count: int) -> list[dict[str, Any]]:
+    return run.metrics.read()[-count:] if count else []
 
 
 def _plan(config: Config, phase: PhaseConfig) -> UpdatePlan:

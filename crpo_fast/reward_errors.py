@@ -70,7 +70,7 @@ def check(
     step, bound = run.progress.step, run.config.rewards.max_error_rate
     by_rank = distributed.all_gather(first, run.session.world)
     for line in lines(by_rank, metrics, step):
-        run.reporter.line(f"warning: {line}")
+        run.reporter.warning(line)
     message = verdict(metrics, bound, step)
     if message is not None:
         last = "The state is saved: the same command continues." if save() else "Saving failed."

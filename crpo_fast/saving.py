@@ -126,7 +126,7 @@ class Saver:
         newest = (
             f"step_{self.saved_step} stays the newest" if self.saved_step >= 0 else "there is none"
         )
-        self.reporter.line(
-            f"warning: {error}; {newest}. Training goes on and the next checkpoint is tried at its "
+        self.reporter.warning(
+            f"{error}; {newest}. Training goes on and the next checkpoint is tried at its "
             "time. Free space, or type --checkpoint.keep 1."
         )

@@ -37,23 +37,6 @@ class Session:
     build_model: Callable[[], Any]
     eos_ids: tuple[int, ...]
 
-    def describe(self) -> list[str]:
-        """What this run trains, on what, and why so."""
-        config, model = self.config, self.policy.model
-        count = sum(p.numel() for p in model.parameters())
-        attention, reason = models.choose_attention(config.model.attention, self.world.device.type)
-        rows = self.task.rows
-        source = config.model.path or "built from model.build"
-        size = f"{count / 1e6:.1f} M parameters, {config.model.compute_dtype} compute"
-        where = f"{self.world.size} rank(s) on {self.world.device.type}"
-        training = f"{len(rows.train)} train, {len(rows.cold_start)} cold-start"
-        test = f"{len(rows.test)} {config.eval.split} rows in {len(rows.label_sets())} data set(s)"
-        return [
-            f"model: {source}, {size}, {where}, {torch.get_num_threads()} thread(s) each",
-            f"attention: {attention} ({reason}); rollouts: {config.rollout.engine}",
-            f"data: {training}, {test}",
-        ]
-
     def reference(self) -> Policy:
         """A frozen copy of the policy as it is now, in the compute dtype."""
         dtype = DTYPES[self.config.model.compute_dtype]

@@ -17,6 +17,7 @@ from crpo_fast.config import Config, ConfigError
 from crpo_fast.packing import Sequence
 from crpo_fast.prompts import build_prompt, encode_completion
 from crpo_fast.reward_pool import InProcessRewards, RewardPool, Scorer
+from crpo_fast.scoring import classify
 from crpo_fast.stages import Stage, StageGrammar
 
 
@@ -144,6 +145,12 @@ class Task:
             columns.setdefault(name, [r.columns.get(name) for r in rows])
         posts = [r.text for r in rows]
         return self.scorer.score(posts, completions, columns, group_size, self.max_failed)
+
+    def is_right(self, row: Row, completion: str) -> bool:
+        """Whether the completion's answer is the row's, as an evaluation judges it."""
+        answer = self.grammar.extract_answer(completion)
+        labels = self.rows.label_sets()[row.dataset_id]
+        return classify(answer, labels, match=self.match) == row.label
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of a completion without its end token."""

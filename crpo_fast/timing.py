@@ -42,6 +42,7 @@ class Stopwatch:
         self._clock = clock
         self._running: list[str] = []  # activities, the innermost last
         self._left_by_error = ""
+        self.detail = ""  # how far the activity is, for people
         self.step = 0  # of the run; for messages
         self._seconds = dict.fromkeys(NAMES, 0.0)
         self._mark = self._entered = clock()
@@ -69,7 +70,7 @@ class Stopwatch:
         self._charge()
         self._running.append(activity)
         self._entered = self._mark
-        self._left_by_error = ""
+        self._left_by_error = self.detail = ""
         try:
             yield
         except BaseException:
@@ -78,6 +79,7 @@ class Stopwatch:
         finally:
             self._charge()
             self._running.pop()
+            self.detail = ""
             self._entered = outer_entered
 
     def lap(self) -> dict[str, float]:
@@ -135,6 +137,16 @@ def exchange() -> Iterator[None]:
 def seconds_in_activity() -> float:
     """How long it has been doing that."""
     return _PROCESS.seconds_in_activity
+
+
+def set_detail(text: str) -> None:
+    """How far the activity is, e.g. "64 of 320 rows"; forgotten when it ends."""
+    _PROCESS.detail = text
+
+
+def detail() -> str:
+    """What ``set_detail`` said last about the activity that runs."""
+    return _PROCESS.detail
 
 
 def lap() -> dict[str, float]:

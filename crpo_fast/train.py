@@ -12,6 +12,7 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _HERE]
 
+import contextlib  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
@@ -26,6 +27,7 @@ from crpo_fast import (  # noqa: E402
     provenance,
     report,
     run_folder,
+    screen,
     session,
     trackers,
 )
@@ -171,9 +173,11 @@ def run(config: Config, world: World, reporter: Reporter, scorer: Scorer) -> Non
     try:
         if opened.summary is not None:
             path = opened.folder.path
-            reporter.line(f"{path} is finished (--run.resume never starts again)")
+            reporter.closing(f"{path} is finished (--run.resume never starts again)")
             if world.is_main:
                 outcome.show(opened.summary, path, reporter)
+                if (page := path / "report.html").exists():
+                    reporter.closing(f"report: {page}")
             return
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
@@ -192,10 +196,9 @@ def _run(
     scorer: Scorer,
 ) -> None:
     folder = opened.folder
+    reporter.start()
     with timer("load"):
         built = session.build(config, world, folder.path, scorer)
-    for line in built.describe():
-        reporter.line(line)
     if world.is_main:
         provenance.record_start(
             folder.path,
@@ -204,17 +207,20 @@ def _run(
             device=world.device.type,
         )
     life = Run(config, built, folder, opened.resume, reporter, stop, started)
+    if world.is_main:
+        for text in screen.warnings(built):
+            reporter.warning(text)
+        reporter.screen(screen.title(), screen.rows(built, folder, opened.resume))
     try:
         train(life)
     except Stopped as reason:
-        reporter.line(
+        reporter.closing(
             f"stopped by {reason}; saved. The same command continues: --run.dir {folder.path}"
         )
     finally:
         life.trackers.close()
         if world.is_main:
-            report.write_at_end(folder.path, reporter.line)
-        reporter.close()
+            report.write_at_end(folder.path, reporter.closing)
         built.engine.close()
 
 
@@ -232,7 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             world = distributed.init(config.train.threads, config.train.timeout)
             peers = Peers(world.rank, world.size, world.store, timeout=config.train.timeout)
             peers.watch()
-            run(config, world, Reporter(enabled=world.is_main), scorer)
+            reporter = Reporter(enabled=world.is_main, quiet=config.quiet)
+            with contextlib.closing(reporter):
+                run(config, world, reporter, scorer)
     except USER_ERRORS as error:
         status = peers.refuse(error, 2)
     except RUN_ERRORS as error:

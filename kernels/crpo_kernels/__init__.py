@@ -11,6 +11,7 @@ Needs torch and nothing else.
 """
 
 from .api import linear_logprobs, linear_policy_loss
+from .explain import explain_choice
 from .spec import IGNORE_INDEX, Logprobs, ObjectiveSpec, TokenStats
 from .weights import aggregation_weights, stage_entropy_weights
 
@@ -20,6 +21,7 @@ __all__ = [
     "ObjectiveSpec",
     "TokenStats",
     "aggregation_weights",
+    "explain_choice",
     "linear_logprobs",
     "linear_policy_loss",
     "stage_entropy_weights",

@@ -57,15 +57,32 @@ def choose_mode(mode: str, reason: str | None) -> str:
 
 def log_choice(plan: Plan, num_rows: int, reason: str | None, eager_reason: str | None) -> None:
     """Log each choice once per process, with its reason."""
+    for message in reasons(plan, num_rows, reason, eager_reason):
+        _log_once(message)
+
+
+def reasons(
+    plan: Plan, num_rows: int, reason: str | None, eager_reason: str | None
+) -> tuple[str, str]:
+    """Backend and mode, and the kind of row passes, each with its reason.
+
+    Args:
+        plan: what was chosen.
+        num_rows: counted tokens.
+        reason: why one_pass cannot run, if it cannot.
+        eager_reason: why the row passes are not compiled, if they are not.
+    """
     if plan.mode == "one_pass":
         why = "the coefficients are known before the head runs"
     elif plan.chunk_rows >= num_rows:
         why = f"{reason or 'asked for'}; the logits of all rows fit the workspace and are kept"
     else:
         why = f"{reason or 'asked for'}; the logits are computed again for the gradient"
-    _log_once(f"backend {plan.backend}, mode {plan.mode}: {why}")
     kind = "compiled" if eager_reason is None else "eager"
-    _log_once(f"row passes {kind}: {eager_reason or 'there is a C++ compiler and enough to do'}")
+    return (
+        f"backend {plan.backend}, mode {plan.mode}: {why}",
+        f"row passes {kind}: {eager_reason or 'there is a C++ compiler and enough to do'}",
+    )
 
 
 @lru_cache(maxsize=256)
