@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -125,7 +125,7 @@ def _quality(metrics: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, 
     return f"F1 {trained[name]['weighted_f1']:.1f} ({name.replace('_', ' ')})"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     """A stage that does not occur has the mean 0; JSON has null for what is not finite."""
     return value is not None and math.isfinite(value) and value > 0
 
