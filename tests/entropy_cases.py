@@ -15,7 +15,7 @@ from crpo_fast.loss import LossSpec
 from crpo_fast.step import micro_batches
 from crpo_fast.updates import run_updates
 from crpo_kernels import ObjectiveSpec
-from layout_worker import make_model, make_sequences
+from layout_cases import make_model, make_sequences
 from loop_cases import guard_of
 
 STEPS = 6
@@ -29,8 +29,9 @@ def controlled(world: World, folder: Path) -> dict[str, list[list[float]]]:
     watch = EntropyWatch(controller=StageController([-0.5, 0.0, 0.5], dual=dual))
     policy = policies.create(make_model(True, torch.float64), world, compute_dtype=torch.float64)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.2)
-    share = 8 // world.size
-    mine = [replace(s, advantage=0.0) for s in make_sequences()[world.rank * share :][:share]]
+    sequences = [replace(s, advantage=0.0) for s in make_sequences()]
+    share = len(sequences) // world.size
+    mine = sequences[world.rank * share :][:share]
     found: dict[str, list[list[float]]] = {"coefs": [], "entropies": []}
     for step in range(STEPS):
         coefs = watch.coefs(step, ())
