@@ -28,7 +28,7 @@ from crpo_fast.reward_calls import RewardTable
 from crpo_fast.step import micro_batches
 from crpo_fast.updates import UpdatePlan, add_old_logprobs, run_updates
 from crpo_kernels import ObjectiveSpec
-from layout_worker import COEFS, TEMPERATURE, make_model, make_sequences
+from layout_cases import COEFS, TEMPERATURE, make_model, make_sequences
 
 GROUP_SIZE, LR, MAX_NORM, KL = 2, 0.3, 0.5, 0.01
 
@@ -296,7 +296,8 @@ class ScriptedTask:
     def decode(self, ids: list[int]) -> str:
         return str(ids[0])
 
-    def score(self, rows: list[Row], completions: list[str]) -> RewardTable:
+    def score(self, rows: list[Row], completions: list[str], group_size: int) -> RewardTable:
+        assert len(completions) % group_size == 0
         assert completions, "reward functions are never called without a completion"
         of_label = {
             "v": lambda g: float(g),

@@ -72,7 +72,7 @@ def test_rounds_are_bounded_and_what_is_missing_is_counted() -> None:
     prompts, metrics, engine, batch = collected(constant, [0, 1], (0, 1), rounds=3)
     assert prompts == []
     assert batch.sequences == []
-    assert batch.samples == []
+    assert batch.trace is None
     assert len(engine.calls) == 4
     found = [metrics[f"groups/{k}"] for k in ("sampled", "dropped", "missing", "rounds")]
     assert found == [8, 8, 2, 4]
