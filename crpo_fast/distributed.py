@@ -116,6 +116,21 @@ def shutdown(*, together: bool = True) -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def pretended(size: int) -> Iterator[World]:
+    """A group of ``size`` ranks of which only this one exists: collectives move no data.
+
+    For planning: sharding, and what a rank allocates, are as in a real group.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield World(0, size, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
 def all_sum(values: Tensor) -> Tensor:
     """Sum of ``values`` over ranks (a new tensor)."""
     total = values.clone()

@@ -83,6 +83,29 @@ class StaticEngine(EmbeddedEngine):
             return nullcontext()
         return torch.autocast(self._model.device.type, dtype=self._autocast)
 
+    def rehearse(
+        self,
+        prompts: list[tuple[int, ...]],
+        max_tokens: int,
+        sampled: Callable[[Tensor], None],
+    ) -> None:
+        """The moments of a generation that need most memory, with no token sampled.
+
+        Prefill of the first ``max_rows`` of ``prompts``, the last growth of the cache with all
+        rows alive, and the forward after it. ``sampled`` stands for the sampling: planning has
+        tensors without values (crpo_fast/plan_moments.py).
+        """
+        with self._prepared(), self._autocasting():
+            batch, logits = self._prefill(prompts[: self._max_rows])
+            sampled(logits)
+            del logits
+            filled = batch.length + max_tokens - 2  # tokens in the cache before the last forward
+            batch.length = max(batch.length, filled // _ROOM * _ROOM)  # where the cache last grew
+            batch.real = batch.real.new_ones(len(batch.real), batch.length)
+            batch.cache.extend(batch.length)
+            batch.append()
+            sampled(self._forward(batch.real[:, :1].long(), batch.positions, batch.real, batch.cache))
+
     def _decode(
         self, prompts: list[tuple[int, ...]], uniforms: Tensor, params: SamplingParams
     ) -> Iterator[tuple[int, int, float]]:
@@ -194,6 +217,12 @@ class _BufferCache(Cache):
                 new = old.new_zeros(len(rows), old.shape[1], capacity, old.shape[3])
                 new[:, :, :length] = old[rows, :, :length]
                 buffers[index] = new
+
+    def extend(self, capacity: int) -> None:
+        """Buffers of another capacity, one after the other, with nothing copied into them."""
+        for buffers in self._buffers:
+            for index, old in enumerate(buffers):
+                buffers[index] = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Tokens before the ones that come next."""
