@@ -71,13 +71,14 @@ class LiveBytes(TorchDispatchMode):
             counter._resized(storage)
             return result
 
+        self._plain = plain
         torch.UntypedStorage.resize_ = resize_
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Back to the plain method."""
-        del torch.UntypedStorage.resize_
+        """Back to the method that was there."""
+        torch.UntypedStorage.resize_ = self._plain
         super().__exit__(*error)
 
     def __torch_dispatch__(
@@ -104,6 +105,10 @@ class LiveBytes(TorchDispatchMode):
                     self.live[entry[0]] -= entry[1]
                     self.live[label] += entry[1]
                     self._entries[storage._cdata] = (label, entry[1])
+
+    def hold(self, label: str, size: int) -> None:
+        """Count ``size`` bytes that no tensor here stands for."""
+        self._change(label, size)
 
     def restart(self) -> None:
         """Forget the peak; what lives stays counted."""

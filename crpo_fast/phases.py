@@ -358,7 +358,7 @@ def _start(run: Run, index: int, length: int) -> Phase:
     run.reporter.line(
         f"phase {index + 1}/{len(run.config.phases)}: {config.algorithm}, {length} steps"
     )
-    plan = _plan(run.config, config)
+    plan = update_plan(run.config, config)
     line = PhaseLine(
         config.algorithm,
         length,
@@ -373,7 +373,7 @@ def _records(run: Run, count: int) -> list[dict[str, Any]]:
     return run.metrics.read()[-count:] if count else []
 
 
-def _plan(config: Config, phase: PhaseConfig) -> UpdatePlan:
+def update_plan(config: Config, phase: PhaseConfig) -> UpdatePlan:
     """Several updates belong to rollouts alone."""
     if phase.algorithm == "sft":
         return UpdatePlan()

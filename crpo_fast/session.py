@@ -63,6 +63,22 @@ class Session:
         return SamplingParams(max_tokens=tokens, eos_ids=self.eos_ids, temperature=0.0)
 
 
+def check_ranks(config: Config, ranks: int) -> None:
+    """Every rank samples equally many prompts, for each of its minibatches.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    minibatches = config.train.minibatches or config.train.updates_per_rollout
+    unit = ranks * minibatches  # a group belongs to one rank and to one minibatch
+    if config.rollout.prompts_per_step % unit:
+        raise ConfigError(
+            f"rollout.prompts_per_step: expected a multiple of {unit} ({ranks} rank(s) x "
+            f"{minibatches} minibatch(es)), got {config.rollout.prompts_per_step}. Type "
+            f"--rollout.prompts_per_step {unit * -(-config.rollout.prompts_per_step // unit)}."
+        )
+
+
 def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = None) -> Session:
     """Load or build everything; files are written by rank 0 alone.
 
@@ -75,14 +91,7 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
     Raises:
         ConfigError, ModelError, DataError: what is wrong and what to type.
     """
-    minibatches = config.train.minibatches or config.train.updates_per_rollout
-    unit = world.size * minibatches  # a group belongs to one rank and to one minibatch
-    if config.rollout.prompts_per_step % unit:
-        raise ConfigError(
-            f"rollout.prompts_per_step: expected a multiple of {unit} ({world.size} rank(s) x "
-            f"{minibatches} minibatch(es)), got {config.rollout.prompts_per_step}. Type "
-            f"--rollout.prompts_per_step {unit * -(-config.rollout.prompts_per_step // unit)}."
-        )
+    check_ranks(config, world.size)
     with distributed.main_first(world):
         rows = load_rows(config, run_dir, write=world.is_main)
         build_model, tokenizer = _source(config, world, rows, run_dir)
@@ -110,7 +119,7 @@ def _source(
     config: Config, world: World, rows: Rows, run_dir: Path
 ) -> tuple[Callable[[], Any], Any]:
     """(function that makes the initial model in the master dtype, tokenizer)."""
-    settings, build = config.model, config.model.build
+    settings = config.model
     master = torch.float64 if settings.compute_dtype == "float64" else torch.float32
     attention, _ = models.choose_attention(settings.attention, world.device.type)
     if settings.path:
@@ -125,24 +134,29 @@ def _source(
     tokenizer = models.load_tokenizer(folder)
 
     def make() -> Any:
-        model: Any = models.build_model(
-            build.architecture,
-            vocab_size=len(tokenizer),
-            hidden_size=build.hidden_size,
-            num_layers=build.num_layers,
-            num_heads=build.num_heads,
-            num_kv_heads=build.num_kv_heads,
-            intermediate_size=build.intermediate_size,
-            tie_word_embeddings=build.tie_embeddings,
-            max_positions=config.data.max_prompt_tokens + config.rollout.max_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            attention=attention,
-            seed=config.seed,
-        )
-        return model.to(master)
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        return built_model(config, len(tokenizer), attention, **ids).to(master)
 
     return make, tokenizer
+
+
+def built_model(config: Config, vocab_size: int, attention: str, **ids: int | None) -> Any:
+    """The fp32 model of ``model.build`` for a vocabulary; ``ids``: eos_token_id, pad_token_id."""
+    build = config.model.build
+    return models.build_model(
+        build.architecture,
+        vocab_size=vocab_size,
+        hidden_size=build.hidden_size,
+        num_layers=build.num_layers,
+        num_heads=build.num_heads,
+        num_kv_heads=build.num_kv_heads,
+        intermediate_size=build.intermediate_size,
+        tie_word_embeddings=build.tie_embeddings,
+        max_positions=config.data.max_prompt_tokens + config.rollout.max_tokens,
+        attention=attention,
+        seed=config.seed,
+        **ids,
+    )
 
 
 def _train_tokenizer(config: Config, rows: Rows) -> Any:

@@ -141,6 +141,7 @@ def optimizer_step(
     if update.is_finite and not update.is_empty:
         with timer("optimizer"):
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # not kept while the next rollout is sampled
     return update
 
 

@@ -1,0 +1,280 @@
+"""A training step rehearsed on fake tensors: its moments of most memory, without the memory.
+
+The policy, FSDP2, the packing, the loss and the engine are the real ones; tensors have shapes and
+storages but no values, and the process group has one rank that pretends to be one of many. So what
+a rank allocates is counted, not guessed. Where real code asks for values (validation of labels,
+sampling) it is given real ones, or a stand-in of the same size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from crpo_fast import attention, distributed
+from crpo_fast import policy as policies
+from crpo_fast.batch import SamplingParams
+from crpo_fast.config import Config, PhaseConfig
+from crpo_fast.distributed import World
+from crpo_fast.live_bytes import LiveBytes, storage_bytes
+from crpo_fast.loss import LossSpec, loss_spec, micro_batch_loss
+from crpo_fast.packing import MicroBatch, Sequence
+from crpo_fast.phases import update_plan
+from crpo_fast.policy import HeadFunction, Policy
+from crpo_fast.rollout.sampling import sample
+from crpo_fast.rollout.static import StaticEngine
+from crpo_fast.session import DTYPES
+from crpo_fast.step import micro_batches
+from crpo_fast.task import build_grammar
+from crpo_kernels import rows_torch
+
+ModelMaker = Callable[[], Any]  # makes the initial model; called while tensors are fake
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The bytes of one rank when a part of the step needs most, by label of ``LiveBytes``."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of every sequence of the rehearsed step."""
+
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True)
+class _FakePolicy(Policy):
+    """Runs the model on fake tensors and the head's function with real labels and vectors."""
+
+    fake: Any = None
+
+    def __call__(self, batch: MicroBatch, compute: HeadFunction) -> Any:
+        """As ``Policy``."""
+
+        def with_values(*args: Any, **kwargs: Any) -> Any:
+            with unset_fake_temporarily():
+                return compute(*args, **kwargs)
+
+        attention.sequence_lengths(batch.position_ids)  # asks for values; the answer is kept
+        with self.fake:
+            return super().__call__(batch, with_values)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[Any]:
+        """As ``Policy``; what runs inside decides itself what is fake."""
+        whole = distributed.gathered(self.model)
+        with self.fake:
+            model = whole.__enter__()
+        try:
+            yield model
+        finally:
+            with self.fake:
+                whole.__exit__(None, None, None)
+
+
+class Rehearsal:
+    """One rank of one phase.
+
+    Args:
+        config: of the run.
+        make_model: the model.
+        world: from ``distributed.pretended``.
+        phase: of the config.
+        lengths: of the sequences.
+        device: "cpu" or "cuda"; see ``plan``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        make_model: ModelMaker,
+        world: World,
+        phase: PhaseConfig,
+        lengths: Lengths,
+        *,
+        device: str = "cpu",
+    ) -> None:
+        self.config, self.phase, self.lengths, self.world = config, phase, lengths, world
+        self.device = device
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        dtype = DTYPES[config.model.compute_dtype]
+        master = torch.float64 if dtype == torch.float64 else torch.float32
+        self.spec: LossSpec = loss_spec(config, phase, build_grammar(config).coefs())
+        self.policy = self._policy(
+            make_model,
+            master,
+            compute_dtype=dtype,
+            activation_checkpointing=config.model.activation_checkpointing,
+            freeze_head=config.model.freeze_head,
+        )
+        self.reference: Policy | None = None
+        if self.spec.objective.kl_coef > 0:
+            self.reference = self._policy(make_model, dtype, compute_dtype=dtype, trainable=False)
+        parameters = list(self.policy.model.parameters())
+        self.trainable = [p for p in parameters if p.requires_grad]
+        self.bytes = LiveBytes(p.shape for p in parameters if p.ndim == 2)
+        self.bytes.add([*parameters, *self.policy.model.buffers()], "weights, sharded")
+        # AdamW: two moments of every trainable shard, and a count of steps
+        self.bytes.hold("optimizer", 2 * storage_bytes(self.trainable) + 4 * len(self.trainable))
+        if self.reference is not None:
+            copy = self.reference.model
+            self.bytes.add([*copy.parameters(), *copy.buffers()], "KL reference")
+
+    def moments(self, limit: int | None = None) -> list[Moment]:
+        """All moments of a step, in their order; ``limit``: bytes of a GPU."""
+        found = []
+        with self.bytes, _one_block_for_all():
+            if self.phase.algorithm != "sft" and self.config.rollout.engine == "static":
+                found.append(self._rollout())
+            batches = self._batches()
+            if self.reference is not None:
+                found.append(self._reference_pass(batches[0]))
+            found.append(self._forward_and_backward(batches))
+            found.append(self._now("optimizer"))
+        return found
+
+    def _policy(self, make_model: ModelMaker, dtype: torch.dtype, **options: Any) -> _FakePolicy:
+        with self.fake:
+            model = _cast(make_model(), dtype)
+        model.to = lambda *_, **__: model  # a fake tensor is where it is
+        policy = policies.create(model, self.world, **options)
+        return _FakePolicy(policy.model, policy.world, policy.head_options, self.fake)
+
+    def sequences(self) -> list[Sequence]:
+        """This rank's sequences of one update, all of the given lengths."""
+        prompt, completion = self.lengths.prompt, self.lengths.completion
+        one = Sequence([0] * prompt, [0] * completion, [0] * completion, [-1.0] * completion, 1.0)
+        if self.phase.algorithm == "sft":
+            count = -(-self.phase.sequences_per_step // self.world.size)
+            return [replace(one, rollout_logprobs=None)] * count
+        rollout = self.config.rollout
+        count = rollout.prompts_per_step // self.world.size * rollout.group_size
+        return update_plan(self.config, self.phase).split([one] * count)[0]
+
+    def _batches(self) -> list[MicroBatch]:
+        """The largest micro-batch and, where there are more, another one: accumulation shows."""
+        train = self.config.train
+        batches = micro_batches(
+            self.sequences(),
+            self.spec,
+            self.policy,
+            token_budget=train.token_budget,
+            layout=train.layout,
+        )
+        largest = max(batches, key=lambda b: b.input_ids.numel())
+        self.micro_batches = len(batches), largest.input_ids.numel()
+        extra = {}
+        if self.reference is not None:
+            extra["ref_logprobs"] = torch.zeros(largest.labels.shape)
+        if update_plan(self.config, self.phase).updates > 1:
+            extra["old_logprobs"] = torch.zeros(largest.labels.shape)
+        if largest.attention_mask is not None:  # not known to be all True: rows differ in length
+            mask = self.fake.from_tensor(largest.attention_mask)
+            largest = replace(largest, attention_mask=mask)
+        tokens, longest = largest.input_ids.numel(), self.lengths.prompt + self.lengths.completion
+        if largest.attention_mask is None and tokens > 2 * longest:
+            # attention goes through a packed row sequence by sequence: two need as much as many
+            positions = torch.arange(tokens) % (tokens - tokens // 2)
+            largest = replace(largest, position_ids=positions[None])
+        return [largest.with_vectors(**extra)] * min(2, len(batches))
+
+    def _rollout(self) -> Moment:
+        params = SamplingParams(max_tokens=self.lengths.completion, eos_ids=(0,))
+        rollout, prompt = self.config.rollout, self.lengths.prompt
+        params = replace(
+            params, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
+        )
+        share = sampling_bytes(params)
+
+        def sampled(logits: Tensor) -> None:
+            with self.fake:
+                torch.empty(int(share * logits.numel()), dtype=torch.uint8)
+
+        engine = StaticEngine(self.policy.model, gathered=self.policy.gathered)
+        engine.sync(self.policy.model, 0)
+        prompts = [
+            (i, *[0] * (prompt - 1 - (i == 0)))  # of two lengths, as they are padded
+            for i in range(rollout.prompts_per_step // self.world.size)
+            for _ in range(rollout.group_size)
+        ]
+        self.bytes.restart()
+        engine.rehearse(prompts, params.max_tokens, sampled)
+        parts = self.bytes.at_peak
+        parts["rollouts"] += parts.pop("activations", 0)
+        return Moment("rollout", _cleaned(parts))
+
+    def _reference_pass(self, batch: MicroBatch) -> Moment:
+        assert self.reference is not None, "asked for without a KL term"
+        self.bytes.restart()
+        self.reference.logprobs(batch, self.spec.temperature, **dict(self.spec.options))
+        return Moment("reference pass", _cleaned(self.bytes.at_peak))
+
+    def _forward_and_backward(self, batches: list[MicroBatch]) -> Moment:
+        self.bytes.restart()
+        for i, batch in enumerate(batches):
+            distributed.set_gradient_sync(self.policy.model, i == len(batches) - 1)
+            loss, _stats = micro_batch_loss(self.policy, batch, self.spec)
+            with self.fake:
+                loss.backward()
+        self.bytes.add([p.grad for p in self.trainable], "gradients, sharded")
+        return Moment("forward, backward", _cleaned(self.bytes.at_peak))
+
+    def _now(self, name: str) -> Moment:
+        return Moment(name, _cleaned(self.bytes.live))
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """``model.to(dtype)``, which does not work on fake tensors; what is tied stays tied."""
+    cast: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype != dtype:
+                if parameter not in cast:
+                    cast[parameter] = nn.Parameter(parameter.detach().to(dtype))
+                module._parameters[name] = cast[parameter]
+    return model
+
+
+def _cleaned(parts: Counter[str]) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if size > 0}
+
+
+def sampling_bytes(params: SamplingParams) -> float:
+    """Bytes that `sample` needs at once beside its logits, per logit: measured on a few."""
+    logits = torch.randn(2, 8192)
+    with LiveBytes() as counter:
+        sample(logits, torch.rand(2), params)
+    return counter.peak / logits.numel()
+
+
+@contextlib.contextmanager
+def _one_block_for_all() -> Iterator[None]:
+    """The loss goes through blocks of rows of one size; on fake tensors the first shows it all."""
+
+    def blocks(self: Any, num_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        size = min(self.x.shape[0], num_rows)
+        yield slice(0, size), self.x[:size], self.e[:size]
+
+    plain = rows_torch.EagerRows.blocks
+    rows_torch.EagerRows.blocks = blocks
+    try:
+        yield
+    finally:
+        rows_torch.EagerRows.blocks = plain
