@@ -52,12 +52,13 @@ class LiveBytes(TorchDispatchMode):
         live: bytes by label, now.
         peak: the most bytes that lived at once.
         at_peak: bytes by label when they did.
+        most: the most bytes of each label, each at a moment of its own.
     """
 
     def __init__(self, gradient_shapes: Iterable[torch.Size] = ()) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
-        self.peak, self.at_peak = 0, Counter()
+        self.peak, self.at_peak, self.most = 0, Counter[str](), Counter[str]()
         self._shapes = set(gradient_shapes)
         self._entries: dict[int, tuple[str, int]] = {}
         self._total = 0
@@ -81,9 +82,7 @@ class LiveBytes(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._plain
         super().__exit__(*error)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count the storages of its results."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -112,7 +111,7 @@ class LiveBytes(TorchDispatchMode):
 
     def restart(self) -> None:
         """Forget the peak; what lives stays counted."""
-        self.peak, self.at_peak = self._total, +self.live
+        self.peak, self.at_peak, self.most = self._total, +self.live, +self.live
 
     def _add(self, storage: torch.UntypedStorage, label: str) -> None:
         self._entries[storage._cdata] = (label, 0)
@@ -132,6 +131,7 @@ class LiveBytes(TorchDispatchMode):
     def _change(self, label: str, size: int) -> None:
         self.live[label] += size
         self._total += size
+        self.most[label] = max(self.most[label], self.live[label])
         if self._total > self.peak:
             self.peak, self.at_peak = self._total, self.live.copy()
 

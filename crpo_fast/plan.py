@@ -78,9 +78,9 @@ class Plan:
         return self.limit is None or self.peak[1].total <= self.limit
 
     def parts(self) -> dict[str, int]:
-        """The most bytes of each part at the peaks of all moments."""
+        """The most bytes of each part, whenever that is."""
         moments = [moment for phase in self.phases for moment in phase.moments]
-        return {name: max(m.parts.get(name, 0) for m in moments) for name in LABELS}
+        return {name: max(m.most.get(name, 0) for m in moments) for name in LABELS}
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -146,9 +146,7 @@ def plan(
             parameters = parameters_by_part(rehearsal.policy.model)
             count, tokens = rehearsal.micro_batches
             sequences = len(rehearsal.sequences())
-            phases.append(
-                PhasePlan(index + 1, phase.algorithm, sequences, count, tokens, moments)
-            )
+            phases.append(PhasePlan(index + 1, phase.algorithm, sequences, count, tokens, moments))
     master = 8 if config.model.compute_dtype == "float64" else 4
     cpu = {
         "loading, each rank": master * parameters["all"],
@@ -201,16 +199,17 @@ def show(found: Plan, reporter: Reporter) -> None:
         f"prompts of {found.lengths.prompt} tokens, completions of {found.lengths.completion}"
     )
     for phase in found.phases:
-        names = [n for n in LABELS if any(n in m.parts for m in phase.moments)]
+        names = [n for n in LABELS if any(n in m.most for m in phase.moments)]
+        most = {n: _size(max(m.most.get(n, 0) for m in phase.moments)) for n in names}
         reporter.line()
         reporter.table(
             f"phase {phase.index}, {phase.algorithm}: {phase.sequences} sequences a rank in "
             f"{phase.micro_batches} micro-batch(es) of up to {phase.tokens:,} tokens; bytes of one "
             "rank at the peak of each moment",
-            ["", *(m.name for m in phase.moments)],
+            ["", *(m.name for m in phase.moments), "at most"],
             [
-                *([n, *(_size(m.parts.get(n, 0)) for m in phase.moments)] for n in names),
-                ["all", *(_size(m.total) for m in phase.moments)],
+                *([n, *(_size(m.parts.get(n, 0)) for m in phase.moments), most[n]] for n in names),
+                ["all", *(_size(m.total) for m in phase.moments), ""],
             ],
         )
     reporter.line()
@@ -238,7 +237,7 @@ def changes(found: Plan) -> list[str]:
     smaller = max(longest, config.train.token_budget // 2)
     offers = {
         "activations": (
-            ["--model.activation_checkpointing True"]
+            ["--model.activation_checkpointing"]
             if not config.model.activation_checkpointing
             else [f"--train.token_budget {smaller}"]
             if smaller < min(config.train.token_budget, phase.tokens)

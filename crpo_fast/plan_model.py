@@ -29,12 +29,12 @@ SMOLLM2 = {  # of SmolLM2-135M-Instruct, which `python -m crpo_fast.models smoll
     "tie_word_embeddings": True,
 }
 _PARTS = {  # piece of a parameter's name -> part of the model; the first that fits
+    "norm": "norms",
     "lm_head": "head",
     "embed": "embedding",
     "attn": "attention",
     "attention": "attention",
     "mlp": "mlp",
-    "norm": "norms",
 }
 
 

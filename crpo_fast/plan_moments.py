@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from crpo_fast import attention, distributed
 from crpo_fast import policy as policies
@@ -40,10 +40,17 @@ ModelMaker = Callable[[], Any]  # makes the initial model; called while tensors 
 
 @dataclass(frozen=True)
 class Moment:
-    """The bytes of one rank when a part of the step needs most, by label of ``LiveBytes``."""
+    """What one rank needs in a part of the step, by label of ``LiveBytes``.
+
+    Attributes:
+        name: of the part.
+        parts: bytes when all together are most.
+        most: the most bytes of each label, each at a time of its own.
+    """
 
     name: str
     parts: dict[str, int]
+    most: dict[str, int]
 
     @property
     def total(self) -> int:
@@ -140,14 +147,15 @@ class Rehearsal:
     def moments(self, limit: int | None = None) -> list[Moment]:
         """All moments of a step, in their order; ``limit``: bytes of a GPU."""
         found = []
-        with self.bytes, _one_block_for_all():
+        with self.bytes, _one_block_for_all(self.fake):
             if self.phase.algorithm != "sft" and self.config.rollout.engine == "static":
                 found.append(self._rollout())
             batches = self._batches()
             if self.reference is not None:
                 found.append(self._reference_pass(batches[0]))
             found.append(self._forward_and_backward(batches))
-            found.append(self._now("optimizer"))
+            self.bytes.restart()
+            found.append(self._moment("optimizer"))
         return found
 
     def _policy(self, make_model: ModelMaker, dtype: torch.dtype, **options: Any) -> _FakePolicy:
@@ -216,15 +224,13 @@ class Rehearsal:
         ]
         self.bytes.restart()
         engine.rehearse(prompts, params.max_tokens, sampled)
-        parts = self.bytes.at_peak
-        parts["rollouts"] += parts.pop("activations", 0)
-        return Moment("rollout", _cleaned(parts))
+        return self._moment("rollout", activations="rollouts")
 
     def _reference_pass(self, batch: MicroBatch) -> Moment:
         assert self.reference is not None, "asked for without a KL term"
         self.bytes.restart()
         self.reference.logprobs(batch, self.spec.temperature, **dict(self.spec.options))
-        return Moment("reference pass", _cleaned(self.bytes.at_peak))
+        return self._moment("reference pass")
 
     def _forward_and_backward(self, batches: list[MicroBatch]) -> Moment:
         self.bytes.restart()
@@ -233,11 +239,17 @@ class Rehearsal:
             loss, _stats = micro_batch_loss(self.policy, batch, self.spec)
             with self.fake:
                 loss.backward()
+        found = self._moment("forward, backward")
         self.bytes.add([p.grad for p in self.trainable], "gradients, sharded")
-        return Moment("forward, backward", _cleaned(self.bytes.at_peak))
+        return found
 
-    def _now(self, name: str) -> Moment:
-        return Moment(name, _cleaned(self.bytes.live))
+    def _moment(self, name: str, activations: str = "activations") -> Moment:
+        """What was counted since the last restart; ``activations``: what to call them."""
+        parts, most = +self.bytes.at_peak, +self.bytes.most
+        for counts in (parts, most):
+            size = counts.pop("activations", 0)
+            counts[activations] += size
+        return Moment(name, dict(+parts), dict(+most))
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
@@ -252,10 +264,6 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _cleaned(parts: Counter[str]) -> dict[str, int]:
-    return {name: size for name, size in parts.items() if size > 0}
-
-
 def sampling_bytes(params: SamplingParams) -> float:
     """Bytes that `sample` needs at once beside its logits, per logit: measured on a few."""
     logits = torch.randn(2, 8192)
@@ -265,11 +273,16 @@ def sampling_bytes(params: SamplingParams) -> float:
 
 
 @contextlib.contextmanager
-def _one_block_for_all() -> Iterator[None]:
+def _one_block_for_all(fake: FakeTensorMode) -> Iterator[None]:
     """The loss goes through blocks of rows of one size; on fake tensors the first shows it all."""
 
     def blocks(self: Any, num_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        size = min(self.x.shape[0], num_rows)
+        size, (rows, vocab_size) = min(self.x.shape[0], num_rows), self.x.shape
+        if not isinstance(self.x, FakeTensor):
+            dtype = self.x.dtype
+            del self.x, self.e
+            with fake:
+                self.x, self.e = torch.empty(2, rows, vocab_size, dtype=dtype)
         yield slice(0, size), self.x[:size], self.e[:size]
 
     plain = rows_torch.EagerRows.blocks

@@ -104,7 +104,9 @@ class StaticEngine(EmbeddedEngine):
             batch.real = batch.real.new_ones(len(batch.real), batch.length)
             batch.cache.extend(batch.length)
             batch.append()
-            sampled(self._forward(batch.real[:, :1].long(), batch.positions, batch.real, batch.cache))
+            sampled(
+                self._forward(batch.real[:, :1].long(), batch.positions, batch.real, batch.cache)
+            )
 
     def _decode(
         self, prompts: list[tuple[int, ...]], uniforms: Tensor, params: SamplingParams

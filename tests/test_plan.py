@@ -1,0 +1,178 @@
+"""The plan command against the live tensor bytes of real steps, and what it says and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from plan_worker import measure
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig
+
+from crpo_fast import distributed, plan
+from crpo_fast.config import ConfigError, parse_arguments
+from crpo_fast.plan_model import model_maker, parameters_by_part
+
+HERE = Path(__file__).resolve().parent
+CONFIG = str(HERE / "plan.toml")
+PROMPT, COMPLETION = 80, 48  # the limits of plan.toml
+MOMENTS = ("rollout", "reference pass", "forward, backward", "optimizer")
+# untied or tied, packed or padded, bf16 or fp32, KL reference, checkpointing, accumulation, ...
+SETTINGS = {
+    "tied, packed, KL": "--objective.kl_coef 0.01",
+    "untied, padded, fp32": "--model.build.no_tie_embeddings --train.layout padded "
+    "--model.compute_dtype float32 --objective.kl_coef 0",
+    "checkpointing, one micro-batch": "--model.activation_checkpointing --train.token_budget 4000 "
+    "--model.build.no_tie_embeddings",
+    "small workspace, frozen head, two updates": "--train.workspace_mib 4 --model.freeze_head "
+    "--model.build.no_tie_embeddings --train.updates_per_rollout 2 --objective.kl_coef 0 "
+    "--rollout.top_p 0.9 --rollout.temperature 0.8",
+}
+
+
+def compare(found: plan.Plan, real: dict, tolerance: float = 0.05) -> None:
+    """Every moment and every part of some size; what is held between steps exactly."""
+    moments = {m.name: m for m in found.phases[-1].moments}
+    assert moments["optimizer"].parts["weights, sharded"] == real["weights"]
+    assert moments["optimizer"].parts["optimizer"] == real["optimizer state"]
+    assert moments["optimizer"].parts["gradients, sharded"] == real["gradients"]
+    for name in MOMENTS:
+        if name not in moments:
+            assert name not in real
+            continue
+        parts = dict(real[name])
+        total = sum(parts.values())
+        assert moments[name].total == pytest.approx(total, rel=tolerance), name
+        if name == "rollout":
+            parts["rollouts"] = parts.get("rollouts", 0) + parts.pop("activations", 0)
+        for label in {*parts, *moments[name].parts}:
+            predicted, measured = moments[name].parts.get(label, 0), parts.get(label, 0)
+            bound = max(tolerance * measured, 0.005 * total)
+            assert abs(predicted - measured) <= bound, (name, label, predicted, measured)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_plan_is_what_a_real_step_needs(settings):
+    config = parse_arguments([CONFIG, *settings.split()])
+    world = distributed.init(threads=1)
+    try:
+        real = measure(config, world, PROMPT, COMPLETION)
+    finally:
+        distributed.shutdown()
+    compare(plan.plan(config), real)
+
+
+@pytest.mark.multirank
+def test_a_plan_for_two_ranks_is_what_two_ranks_need(tmp_path):
+    result = tmp_path / "real.json"
+    settings = ["--objective.kl_coef", "0.01", "--train.token_budget", "600"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    command += ["2", str(HERE / "plan_worker.py"), str(result), CONFIG, str(PROMPT)]
+    command += [str(COMPLETION), *settings]
+    path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels")])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(result.read_text(encoding="utf-8"))
+    found = plan.plan(parse_arguments([CONFIG, *settings]), ranks=2)
+    compare(found, first)
+    assert found.parts()["weights, sharded"] >= second["weights"]
+
+
+def test_numbers_of_parameters_by_part():
+    found = plan.plan(parse_arguments([CONFIG])).parameters
+    layer = {"attention": 192 * (192 + 96 + 96) + 192 * 192, "mlp": 3 * 192 * 512}
+    assert found["attention"] == 4 * layer["attention"]
+    assert found["mlp"] == 4 * layer["mlp"]
+    assert found["norms"] == (2 * 4 + 1) * 192
+    assert found["embedding"] == 6000 * 192
+    assert found["all"] == found["trainable"] == sum(list(found.values())[2:])
+    untied = parse_arguments([CONFIG, "--model.build.no_tie_embeddings", "--model.freeze_head"])
+    frozen = plan.plan(untied).parameters
+    assert frozen["head"] == 6000 * 192
+    assert frozen["all"] - frozen["trainable"] == frozen["head"]
+
+
+def test_exit_status_and_advice(capsys):
+    assert plan.main([CONFIG, "--gpu-mem", "1GiB"]) == 0
+    fits = capsys.readouterr().out
+    assert "fits, " in fits.splitlines()[-1]
+    assert plan.main([CONFIG, "--gpu-mem=20MB"]) == 1
+    text = capsys.readouterr().out
+    assert "does not fit" in text
+    tries = [line.strip() for line in text.splitlines() if line.startswith("  try ")]
+    assert "try --model.activation_checkpointing" in tries
+    assert "try --ranks 2" in tries
+    assert plan.main([CONFIG, "--json", "--gpu-mem", "20MB"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False and found["gpu_mem"] == 20_000_000
+    totals = [m["total"] for p in found["phases"] for m in p["moments"]]
+    assert found["peak"]["bytes"] == max(totals)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * 10**9), ("80GiB", 80 * 2**30), ("1.5 tb", 1.5e12)]
+)
+def test_sizes(text, size):
+    assert plan.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["80", "GB", "-1GB", "0GB", "80 parsecs"])
+def test_sizes_that_are_none(text, capsys):
+    with pytest.raises(ConfigError, match="--gpu-mem: expected a size with its unit"):
+        plan.parse_bytes(text)
+    assert plan.main([CONFIG, f"--gpu-mem={text}"]) == 2
+    assert "Type --gpu-mem 80GB" in capsys.readouterr().err
+
+
+def test_smollm2_and_a_folder_with_nothing_but_its_config(tmp_path):
+    with FakeTensorMode():
+        by_name = model_maker(parse_arguments([CONFIG, "--model.path", "smollm2"]), "cpu")()
+    assert parameters_by_part(by_name)["all"] == 134_515_008
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=500, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
+        architectures=["Qwen3ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    found = plan.plan(parse_arguments([CONFIG, "--model.path", str(tmp_path)]))
+    assert found.parameters["head"] == 500 * 64
+    assert found.peak[1].total > 0
+
+
+def test_what_is_refused(tmp_path, capsys):
+    assert plan.main([CONFIG, "--model.path", str(tmp_path / "none")]) == 2
+    assert "expected a model folder" in capsys.readouterr().err
+    assert plan.main([CONFIG, "--ranks", "3"]) == 2
+    assert "rollout.prompts_per_step: expected a multiple of 3" in capsys.readouterr().err
+    assert plan.main([CONFIG, "--ranks", "0"]) == 2
+    assert "--ranks: expected at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_eight_billion_parameters_within_a_gibibyte(tmp_path, root):
+    AutoConfig.for_model(
+        "qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288,
+        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        tie_word_embeddings=False, architectures=["Qwen3ForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    code = (
+        "import resource, sys; from crpo_fast import plan; status = plan.main(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, status)"
+    )
+    arguments = ["configs/mental_r1_qwen3_8b.toml", "--model.path", str(tmp_path)]
+    arguments += ["--ranks", "8", "--gpu-mem", "80GB"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=root, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kibibytes, status = done.stdout.split()[-2:]
+    assert int(kibibytes) < 2**20 and status == "0"
+    assert "8.19 B in all" in done.stdout
