@@ -67,9 +67,9 @@ class LiveBytes(TorchDispatchMode):
         """Also sees storages that are resized, which no operation reports."""
         plain, counter = torch.UntypedStorage.resize_, self
 
-        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-            result = plain(storage, size)
-            counter._resized(storage)
+        def resize_(self: torch.UntypedStorage, size: int) -> Any:
+            result = plain(self, size)
+            counter._resized(self)
             return result
 
         self._plain = plain
@@ -77,10 +77,10 @@ class LiveBytes(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         """Back to the method that was there."""
         torch.UntypedStorage.resize_ = self._plain
-        super().__exit__(*error)
+        super().__exit__(exc_type, exc_val, exc_tb)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count the storages of its results."""
@@ -93,7 +93,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def add(self, tensors: Iterable[Tensor | None], label: str) -> None:
-        """Count what exists already under ``label``; what is counted keeps its bytes, not its label."""
+        """Count what exists already under ``label``; what was counted gets this label, too."""
         for tensor in tensors:
             if tensor is not None:
                 storage = local(tensor).untyped_storage()

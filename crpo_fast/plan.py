@@ -142,7 +142,7 @@ def plan(
     for index, phase in enumerate(config.phases):
         with distributed.pretended(ranks) as world:
             rehearsal = Rehearsal(config, make_model, world, phase, lengths, device=device)
-            moments = rehearsal.moments(limit)
+            moments = rehearsal.moments()
             parameters = parameters_by_part(rehearsal.policy.model)
             count, tokens = rehearsal.micro_batches
             sequences = len(rehearsal.sequences())
@@ -253,7 +253,7 @@ def changes(found: Plan) -> list[str]:
         ],
     }
     sharded = ("weights, sharded", "gradients, sharded", "optimizer")
-    offers |= dict.fromkeys(sharded, [f"--ranks {2 * found.ranks}"])
+    offers |= {name: [f"--ranks {2 * found.ranks}"] for name in sharded}
     ordered = sorted(moment.parts, key=lambda name: -moment.parts[name])
     return list(dict.fromkeys(text for name in ordered for text in offers.get(name, [])))
 

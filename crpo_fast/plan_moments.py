@@ -9,14 +9,13 @@ sampling) it is given real ones, or a stand-in of the same size.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from crpo_fast import attention, distributed
 from crpo_fast import policy as policies
@@ -33,7 +32,6 @@ from crpo_fast.rollout.static import StaticEngine
 from crpo_fast.session import DTYPES
 from crpo_fast.step import micro_batches
 from crpo_fast.task import build_grammar
-from crpo_kernels import rows_torch
 
 ModelMaker = Callable[[], Any]  # makes the initial model; called while tensors are fake
 
@@ -144,10 +142,10 @@ class Rehearsal:
             copy = self.reference.model
             self.bytes.add([*copy.parameters(), *copy.buffers()], "KL reference")
 
-    def moments(self, limit: int | None = None) -> list[Moment]:
-        """All moments of a step, in their order; ``limit``: bytes of a GPU."""
+    def moments(self) -> list[Moment]:
+        """All moments of a step, in their order."""
         found = []
-        with self.bytes, _one_block_for_all(self.fake):
+        with self.bytes:
             if self.phase.algorithm != "sft" and self.config.rollout.engine == "static":
                 found.append(self._rollout())
             batches = self._batches()
@@ -217,7 +215,7 @@ class Rehearsal:
 
         engine = StaticEngine(self.policy.model, gathered=self.policy.gathered)
         engine.sync(self.policy.model, 0)
-        prompts = [
+        prompts: list[tuple[int, ...]] = [
             (i, *[0] * (prompt - 1 - (i == 0)))  # of two lengths, as they are padded
             for i in range(rollout.prompts_per_step // self.world.size)
             for _ in range(rollout.group_size)
@@ -270,24 +268,3 @@ def sampling_bytes(params: SamplingParams) -> float:
     with LiveBytes() as counter:
         sample(logits, torch.rand(2), params)
     return counter.peak / logits.numel()
-
-
-@contextlib.contextmanager
-def _one_block_for_all(fake: FakeTensorMode) -> Iterator[None]:
-    """The loss goes through blocks of rows of one size; on fake tensors the first shows it all."""
-
-    def blocks(self: Any, num_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        size, (rows, vocab_size) = min(self.x.shape[0], num_rows), self.x.shape
-        if not isinstance(self.x, FakeTensor):
-            dtype = self.x.dtype
-            del self.x, self.e
-            with fake:
-                self.x, self.e = torch.empty(2, rows, vocab_size, dtype=dtype)
-        yield slice(0, size), self.x[:size], self.e[:size]
-
-    plain = rows_torch.EagerRows.blocks
-    rows_torch.EagerRows.blocks = blocks
-    try:
-        yield
-    finally:
-        rows_torch.EagerRows.blocks = plain

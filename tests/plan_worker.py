@@ -1,6 +1,6 @@
 """Live tensor bytes of one real step, moment by moment; started by torchrun at 2 ranks.
 
-    python tests/plan_worker.py <result.json> <config.toml> <prompt tokens> <completion tokens> [...]
+    python tests/plan_worker.py <result.json> <config.toml> <prompt tokens> <completion tokens> ...
 
 The step is the trainer's own: its policy, engine, micro-batches, update and checkpoint.
 """

@@ -85,7 +85,7 @@ class Chunks:
             self.work = CompiledRows(dtype)
         else:
             block_rows = max(1, min(plan.block_rows, size))
-            self.work = EagerRows(block_rows, weight.shape[0], dtype, hidden.device)
+            self.work = EagerRows(block_rows, weight.shape[0], dtype, hidden)
 
     def __iter__(self) -> Iterator[slice]:
         """Slices of the counted rows."""

@@ -148,15 +148,18 @@ def row_factors(view: LogitView, stats: RowStats, coefficients: Coefficients) ->
 class EagerRows:
     """The row work block by block, in two scratch buffers of one block each."""
 
-    def __init__(
-        self, block_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.x = torch.empty(block_rows, vocab_size, dtype=dtype, device=device)  # [b, V]
+    def __init__(self, block_rows: int, vocab_size: int, dtype: torch.dtype, like: Tensor) -> None:
+        self.x = like.new_empty(block_rows, vocab_size, dtype=dtype)  # [b, V]
         self.e = torch.empty_like(self.x)  # [b, V]
 
     def blocks(self, num_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The blocks of a chunk of ``num_rows`` rows, with their part of both buffers."""
+        """The blocks of a chunk of ``num_rows`` rows, with their part of both buffers.
+
+        On fake tensors (who plans memory wants shapes, no values) the first stands for all.
+        """
         step = self.x.shape[0]
+        if hasattr(self.x, "fake_mode"):
+            num_rows = min(num_rows, step)
         for start in range(0, num_rows, step):
             size = min(step, num_rows - start)
             yield slice(start, start + size), self.x[:size], self.e[:size]
