@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,11 @@ class Sums:
             all_max: by name the largest value of any rank (called where there are extremes).
         """
         names, totals = sorted(self._pairs), sorted(self._totals)
+        checksum = zlib.crc32("\n".join([*names, "", *totals]).encode())
         values = [x for n in names for x in self._pairs[n]] + [self._totals[n] for n in totals]
-        sums = all_sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        vector = torch.tensor([*values, checksum, 1], dtype=torch.float64)
+        *sums, checksums, ranks = all_sum(vector).tolist()
+        assert checksums == ranks * checksum, f"ranks would add up other metrics than {names}"
         result = Sums()
         result._pairs = {n: sums[2 * i : 2 * i + 2] for i, n in enumerate(names)}
         result._totals = dict(zip(totals, sums[2 * len(names) :], strict=True))

@@ -133,10 +133,9 @@ def two_steps(world: World, case: Case) -> dict[str, float]:
     logprob_error(policy, batches, plain, case)
     optimizer.step()
     optimizer.zero_grad()
-    state = distributed.model_state(policy.model)
     accumulate(policy, batches, case.spec)
-    grads = grads_of(policy)
-    error = 0.0
+    grads, error = grads_of(policy), 0.0
+    state = distributed.model_state(policy.model)  # before the forward it would drop stale weights
     if world.is_main:
         plain.load_state_dict(state)
         error, _ = worst(grads, expect(case, plain, plain, old_logprobs(case.sequences())).grads)
