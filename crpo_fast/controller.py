@@ -181,7 +181,7 @@ class DualAscent:
 
     def _check(self, schedule: Sequence[float]) -> None:
         count, o = len(self.names), self.options
-        if not o.bound > 0:
+        if not _is_positive(o.bound):
             raise ValueError(
                 f"entropy.dual_bound: expected a positive number, got {o.bound} (it is "
                 "entropy.magnitude unless given). Type --entropy.dual_bound 0.06."
@@ -189,31 +189,36 @@ class DualAscent:
         largest = max((abs(beta) for beta in schedule), default=0.0)
         if largest > o.bound:
             raise ValueError(
-                f"entropy.dual_bound: expected at least the largest coefficient of the schedule, "
+                "entropy.dual_bound: expected at least the largest coefficient of the schedule, "
                 f"{largest}, got {o.bound}. Type --entropy.dual_bound {largest}."
             )
-        if o.floor <= 0:
+        if not _is_positive(o.floor):
             raise ValueError(
                 f"entropy.target_floor: expected more than 0 nats, got {o.floor}. Type "
                 "--entropy.target_floor 0.02."
             )
-        if o.targets and (len(o.targets) != count or min(o.targets) < o.floor):
+        fits = all(_is_positive(t) and t >= o.floor for t in o.targets)
+        if o.targets and not (len(o.targets) == count and fits):
             raise ValueError(
                 f"entropy.targets: expected {count} numbers, one per stage, of at least "
                 f"{o.floor} nats (entropy.target_floor), got {list(o.targets)}. Correct them, or "
                 "leave them out for entropy.target_fraction."
             )
-        if len(o.fractions) not in (1, count) or min(o.fractions) <= 0:
+        if len(o.fractions) not in (1, count) or not all(map(_is_positive, o.fractions)):
             raise ValueError(
                 f"entropy.target_fraction: expected a positive number, or {count}, one per stage, "
                 f"got {list(o.fractions)}. Type --entropy.target_fraction 1.0."
             )
-        if min(o.proportional, o.integral) < 0 or not o.proportional + o.integral > 0:
+        if min(o.proportional, o.integral) < 0 or not _is_positive(o.proportional + o.integral):
             raise ValueError(
                 "entropy.dual_proportional, entropy.dual_integral: expected no negative number "
                 f"and not two zeros, got {o.proportional} and {o.integral}. Leave them out for "
                 "the defaults."
             )
+
+
+def _is_positive(number: float) -> bool:
+    return 0 < number < math.inf  # False for NaN
 
 
 def _clip(share: float) -> float:

@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 
 from crpo_fast import train
-from crpo_fast.config import Config, ConfigError, EntropyConfig, PhaseConfig, check, load_config
+from crpo_fast.config import (
+    Config,
+    ConfigError,
+    EntropyConfig,
+    PhaseConfig,
+    check,
+    load_config,
+    parse_arguments,
+)
 from crpo_fast.controller import Anneal, DualAscent, DualOptions, StageController, build
 from crpo_fast.stages import StageGrammar
+from crpo_fast.task import build_grammar
 
 TINY = str(Path(__file__).with_name("tiny.toml"))
 GRAMMAR = StageGrammar.preset("mental_r1")
@@ -149,7 +158,7 @@ def test_plants_two_orders_of_magnitude_apart_come_into_the_band_and_stay(gain):
     assert first < 20 + 0.8 / gain  # at the bound it cannot be faster than .4 / (.7 gain)
     settled = first + 40
     assert all(inside[settled:])
-    assert max(abs(x) for x in seen[-500:]) < 0.25
+    assert max(abs(x) for x in seen[-500:]) < 0.4  # the band is .69
 
 
 def test_plain_dual_ascent_would_oscillate_on_the_same_plant():
@@ -201,6 +210,32 @@ def test_annealing_scales_the_targets_of_dual_not_its_bound():
 # ---- config
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("tanh", [-0.0591969, -0.0543089, -0.0277270, 0.0277270, 0.0543089]),
+        ("linear", [-0.06, -0.036, -0.012, 0.012, 0.036]),
+        ("cosine", [-0.06, -0.0485410, -0.0185410, 0.0185410, 0.0485410]),
+        ("step", [-0.06, -0.06, -0.06, 0.06, 0.06]),
+    ],
+)
+def test_schedules_reach_the_coefficients(schedule, expected):
+    parsed = parse_arguments(["--entropy.schedule", schedule])
+    control = build(parsed.entropy, parsed.phases[-1], build_grammar(parsed))
+    assert control is not None
+    assert control.coefs(0) == pytest.approx(tuple(expected), abs=1e-7)
+
+
+def test_an_explicit_schedule_reaches_the_coefficients(tmp_path):
+    file = tmp_path / "c.toml"
+    stages = [f'[[stages]]\nname = "s{k}"\ncoef = {k - 1}\n' for k in range(3)]
+    file.write_text('[entropy]\nschedule = "explicit"\n' + "".join(stages))
+    parsed = parse_arguments([str(file)])
+    control = build(parsed.entropy, PhaseConfig(), build_grammar(parsed))
+    assert control is not None
+    assert control.coefs(7) == (-1.0, 0.0, 1.0)
+
+
 def config(**options: Any) -> EntropyConfig:
     return EntropyConfig(**{"controller": "dual"} | options)
 
@@ -226,6 +261,8 @@ def test_build_takes_the_schedule_and_the_magnitude_as_bound():
         ({"targets": (0.1, 0.2)}, r"entropy.targets: expected 5 numbers.*got \[0.1, 0.2\]"),
         ({"targets": (0.1, 0.1, 0.1, 0.1, 0.001)}, "at least 0.02 nats"),
         ({"target_fraction": (1.0, 2.0)}, "entropy.target_fraction: expected a positive number"),
+        ({"targets": (0.1, 0.1, 0.1, 0.1, math.nan)}, "entropy.targets: expected 5 numbers"),
+        ({"target_fraction": math.nan}, "expected a positive number, or 5, one per stage"),
         ({"target_fraction": 0.0}, "--entropy.target_fraction 1.0"),
         ({"target_floor": 0.0}, "entropy.target_floor: expected more than 0"),
         ({"dual_bound": 0.0}, "entropy.dual_bound: expected a positive number, got 0.0"),
