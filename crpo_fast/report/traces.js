@@ -4,14 +4,19 @@ const HIDDEN = /\u2592+/g;
 let serial = 0;
 
 const tip = el("div", { id: "tip", role: "status", hidden: true });
-function hideTip() { tip.hidden = true; }
+let owner = null; // the token that the tip is about
+function hideTip() { tip.hidden = true; owner = null; }
 function showTip(token, info) {
   const rows = [["stage", info.stage], ["log-probability", `${fixed(info.logprob, 3)} nats`], ["probability", isNumber(info.logprob) ? percent(100 * Math.exp(info.logprob)) + " %" : "\u2013"], ["entropy", `${fixed(info.entropy, 3)} nats`]];
   if (info.weight !== undefined) rows.push(["weight", short(info.weight)]);
   if (isNumber(info.pressure) && info.pressure !== 0) rows.push(["entropy weight", `${short(info.pressure)} (${info.pressure > 0 ? "commit" : "explore"})`]);
   tip.replaceChildren(el("code", {}, JSON.stringify(info.text).slice(1, -1)), el("dl", {}, rows.map(([k, v]) => [el("dt", {}, k), el("dd", {}, v)])));
   tip.hidden = false;
-  const at = token.getClientRects()[0] || token.getBoundingClientRect(), box = tip.getBoundingClientRect();
+  owner = token;
+  placeTip();
+}
+function placeTip() {
+  const token = owner, at = token.getClientRects()[0] || token.getBoundingClientRect(), box = tip.getBoundingClientRect();
   const left = Math.min(Math.max(8, at.left + at.width / 2 - box.width / 2), document.documentElement.clientWidth - box.width - 8);
   const above = at.top - box.height - 8;
   tip.style.left = `${left}px`;
@@ -187,4 +192,8 @@ function tracesSection() {
   const hidden = DATA.show_text ? "Posts are shown (--show-text)." : "Posts are not in this file, and words that may come from one are blocked out (\u2592); --show-text shows them.";
   return section("traces", "Completions", `A row is a stage, its colour and line are in the legend; the shade is a token's entropy. Hover, tap, or use the arrow keys for its numbers. ${hidden}`, picker ? el("div", { class: "row controls" }, picker.box) : null, holder);
 }
-document.addEventListener("scroll", hideTip, { passive: true });
+document.addEventListener("scroll", () => {
+  if (!owner) return;
+  const { top, bottom } = owner.getBoundingClientRect();
+  if (!owner.isConnected || bottom < 0 || top > innerHeight) hideTip(); else placeTip();
+}, { passive: true });

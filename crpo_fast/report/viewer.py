@@ -7,7 +7,6 @@ step is kept (k = 2, 4, 8, ...) with the first and the last one; the page says s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
@@ -93,13 +92,15 @@ def samples(records: list[dict[str, Any]], view: View, budget: int) -> dict[str,
     Returns:
         steps: [{step, samples}], recorded: how many steps there are in samples.jsonl.
     """
-    chosen = [r for r in records if r.get("kind") == "sample"]
-    by_step = {s: list(rs) for s, rs in groupby(chosen, key=lambda r: r.get("step", 0))}
-
-    def build(steps: list[int]) -> list[dict[str, Any]]:
-        return [{"step": s, "samples": [view.sample(r) for r in by_step[s]]} for s in steps]
-
-    return {"steps": _within(sorted(by_step), build, budget), "recorded": len(by_step)}
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        if record.get("kind") == "sample":
+            by_step.setdefault(record.get("step", 0), []).append(view.sample(record))
+    steps = _within(dict(sorted(by_step.items())), budget)
+    return {
+        "steps": [{"step": step, "samples": by_step[step]} for step in steps],
+        "recorded": len(by_step),
+    }
 
 
 def probes(records: list[dict[str, Any]], view: View, budget: int) -> dict[str, Any]:
@@ -110,29 +111,27 @@ def probes(records: list[dict[str, Any]], view: View, budget: int) -> dict[str, 
         [[i, j, k, l], ...]: tokens i..j of the answer before became tokens k..l of this one.
         recorded: how many steps there are in samples.jsonl.
     """
-    by_key = {(r.get("probe", 0), r.get("step", 0)): r for r in records if r.get("kind") == "probe"}
-    numbers = sorted({probe for probe, _ in by_key})
-
-    def build(steps: list[int]) -> list[dict[str, Any]]:
-        return [_prompt([by_key[n, s] for s in steps if (n, s) in by_key], view) for n in numbers]
-
-    recorded = sorted({step for _, step in by_key})
-    return {"prompts": _within(recorded, build, budget), "recorded": len(recorded)}
-
-
-def _prompt(records: list[dict[str, Any]], view: View) -> dict[str, Any]:
-    answers, before = [], None
+    by_step: dict[int, dict[int, tuple[dict[str, Any], list[str]]]] = {}
     for record in records:
-        tokens = record.get("tokens", [])
-        answer = {"step": record.get("step", 0), **view.completion(record)}
-        answer["changes"] = [] if before is None else _changes(before, tokens)
-        answers.append(answer)
+        if record.get("kind") == "probe":  # a step that was answered twice counts once
+            answer = view.completion(record), list(record.get("tokens", []))
+            by_step.setdefault(record.get("step", 0), {})[record.get("probe", 0)] = answer
+    steps = _within({s: [a for a, _ in by_step[s].values()] for s in sorted(by_step)}, budget)
+    numbers = sorted({number for answers in by_step.values() for number in answers})
+    prompts = [[(s, *by_step[s][n]) for s in steps if n in by_step[s]] for n in numbers]
+    return {"prompts": [_prompt(p) for p in prompts if p], "recorded": len(by_step)}
+
+
+def _prompt(answers: list[tuple[int, dict[str, Any], list[str]]]) -> dict[str, Any]:
+    """What is the same for all answers once, the answers with their changes."""
+    common = {key: answers[0][1][key] for key in ("set", "gold", "post") if key in answers[0][1]}
+    shown, before = [], None
+    for step, completion, tokens in answers:
+        own = {key: value for key, value in completion.items() if key not in common}
+        changes = [] if before is None else _changes(before, tokens)
+        shown.append({"step": step, **own, "changes": changes})
         before = tokens
-    first = {key: answers[0].pop(key) for key in ("set", "gold", "post") if key in answers[0]}
-    for answer in answers[1:]:
-        for key in first:
-            answer.pop(key, None)
-    return {**first, "answers": answers}
+    return {**common, "answers": shown}
 
 
 def _changes(before: list[str], after: list[str]) -> list[list[int]]:
@@ -140,16 +139,14 @@ def _changes(before: list[str], after: list[str]) -> list[list[int]]:
     return [[i, j, k, m] for tag, i, j, k, m in matcher.get_opcodes() if tag != "equal"]
 
 
-def _within(
-    steps: list[int], build: Callable[[list[int]], list[dict[str, Any]]], budget: int
-) -> list[dict[str, Any]]:
-    """What ``build`` makes of as many steps as fit into ``budget`` bytes."""
-    every = 1
+def _within(shown: dict[int, Any], budget: int) -> list[int]:
+    """As many steps, evenly taken, as fit into ``budget`` bytes; ``shown``: step -> its data."""
+    sizes = {step: len(json.dumps(value, separators=(",", ":"))) for step, value in shown.items()}
+    steps, every = list(shown), 1
     while True:
         kept = [s for i, s in enumerate(steps) if i % every == 0 or i == len(steps) - 1]
-        built = build(kept)
-        if len(kept) <= 2 or len(json.dumps(built, separators=(",", ":"))) <= budget:
-            return built
+        if len(kept) <= 2 or sum(sizes[s] for s in kept) <= budget:
+            return kept
         every *= 2
 
 
