@@ -155,6 +155,7 @@ def _add_stats(sums: Sums, stats: Any, batch: MicroBatch, spec: LossSpec) -> Non
         sums.add(
             f"stage_entropy/{k}", torch.where(mask, entropy, 0).sum(dtype=torch.float64), mask.sum()
         )
+        sums.add(f"stage_tokens/{k}", mask.sum(), len(batch.cu_seqlens) - 1)  # mean per sequence
     rollout: Tensor | None = batch.vectors.get("rollout_logprobs")
     if rollout is not None:
         old = batch.vectors.get("old_logprobs", stats.logprobs)

@@ -54,6 +54,7 @@ def test_token_values_are_those_of_the_training_pass(traced: Path) -> None:
         of_first = [e for e, k in pairs if k == 0]
         mean = sum(of_first) / len(of_first) if of_first else 0.0
         assert mean == pytest.approx(metrics["stage_entropy/0"], rel=1e-4)
+        assert metrics["stage_tokens/0"] == flat["stage_ids"].count(0) / 4
         mean = sum(r["reward"] for r in of_step) / 4
         assert mean == pytest.approx(metrics["reward"], rel=1e-6)
         assert sum(sum(r["token_weights"]) for r in of_step) == pytest.approx(1, rel=1e-4)
