@@ -27,12 +27,9 @@ def result(page: Page) -> None:
 def completions(page: Page) -> None:
     """The sampled completions of one step with a token's numbers, on a dark page."""
     page.evaluate("document.querySelector('.bar').style.position = 'static'")
-    page.get_by_label("step of the sampled completions").focus()
-    page.keyboard.press("End")
-    page.locator("#samples .card").nth(2).scroll_into_view_if_needed()
     page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
     page.locator("#traces").evaluate("node => scrollTo(0, node.offsetTop)")
-    page.locator("#samples .card .tk.k2").nth(1).hover()
+    page.locator("#samples .card .tk.k2").nth(2).hover()
     page.wait_for_timeout(200)
 
 
