@@ -61,6 +61,7 @@ class Progress:
             next phase.
         best: the best step so far, if any.
         rewards: (sum, count) of the steps' mean rewards since the last regular checkpoint.
+        logged: lines of each log of the run, by file name; later ones are written again.
     """
 
     phase: int = 0
@@ -72,6 +73,7 @@ class Progress:
     controllers: dict[str, Any] = field(default_factory=dict)
     best: Best | None = None
     rewards: tuple[float, int] = (0.0, 0)
+    logged: dict[str, int] = field(default_factory=dict)
 
 
 def save(
@@ -101,6 +103,8 @@ def save(
     """
     target = folder / f"step_{progress.step}"
     weights = distributed.model_state(model)
+    if _tied(model, weights):  # gathered from several ranks the pair is no longer one tensor
+        weights.pop("lm_head.weight", None)
     state = distributed.optimizer_state(model, optimizer)
     failure = veto
     if world.is_main and not failure:
@@ -188,7 +192,10 @@ def _parse(record: Any) -> Progress:
     caps = record["caps"]
     if not isinstance(caps, list):
         raise ValueError(f"caps: expected a list, got {caps!r}")
-    counts = [record["phase"], record["phase_steps"], record["step"], *caps]
+    if not isinstance(record["logged"], dict):
+        raise ValueError(f"logged: expected counts by name, got {record['logged']!r}")
+    counts = [record[k] for k in ("phase", "phase_steps", "step")]
+    counts += [*caps, *record["logged"].values()]
     if not all(type(n) is int and 0 <= n < 10**12 for n in counts):
         raise ValueError(f"expected counters, got {counts!r}")
     if len(caps) != record["phase"] + 1 or caps[-1] != record["phase_steps"]:
@@ -214,13 +221,17 @@ def load_model(path: Path, model: nn.Module) -> None:
         CheckpointError: they are of another model.
     """
     weights = load_file(path / files.MODEL)
-    if getattr(model.config, "tie_word_embeddings", False):
-        tied = [value for name, value in weights.items() if name.endswith("embed_tokens.weight")]
-        if tied:
-            weights["lm_head.weight"] = tied[0]
+    for embedding in _tied(model, weights):
+        weights["lm_head.weight"] = weights[embedding]
     expected = {name: value.shape for name, value in model.state_dict().items()}
     files.check_tensors(path, files.MODEL, weights, expected)
     distributed.load_model_state(model, weights)
+
+
+def _tied(model: Any, weights: dict[str, Tensor]) -> list[str]:
+    """Name of the embedding that is the head as well, if that is so."""
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    return [n for n in weights if n.endswith("embed_tokens.weight")] if is_tied else []
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -248,6 +259,19 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
     distributed.load_optimizer_state(model, optimizer, {"state": state, "param_groups": groups})
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
+
+
+def load_controller(controller: Any, state: Any, source: Path | None) -> None:
+    """Give a controller its saved ``state``; None = there is none.
+
+    Raises:
+        CheckpointError: it is not what the controller saved.
+    """
+    try:
+        if state is not None:
+            controller.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(source or Path(), f"state.json: controllers: {error!r}") from error
 
 
 def listed(folder: Path) -> list[Path]:

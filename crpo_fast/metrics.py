@@ -109,14 +109,20 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, *, enabled: bool = True) -> None:
-        self.path, self.enabled = path, enabled
+        self.path, self.enabled, self.position = path, enabled, 0
         self._pending: list[str] = []
+
+    @property
+    def name(self) -> str:
+        """Of the file; ``position`` is how many lines it has."""
+        return self.path.name
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, at once. Strict JSON: a number that is not finite is written as null."""
         if not self.enabled:
             return
         first = not self._pending
+        self.position += 1
         self._pending.append(json.dumps(strict(record), allow_nan=False) + "\n")
         failure = self._append()
         if failure and first:
@@ -153,29 +159,26 @@ class JsonLines:
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1]]  # a torn last line has no newline
 
-    def cut(self, step: int) -> None:
-        """Cut back to the records up to ``step``: a resumed run writes the later ones again.
+    def cut(self, step: int, lines: int) -> None:
+        """Cut back to the first ``lines``, which a checkpoint of ``step`` came after.
 
-        A torn last line goes as well. If records up to ``step`` are lost, a line says so.
+        The later ones are written again, a torn last line goes. If lines before the checkpoint are
+        lost, a line says so.
         """
         if not self.enabled or not self.path.exists():
             return
-        data = self.path.read_bytes()
-        end = last = 0
-        for line in data.splitlines(keepends=True):
+        end = count = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
             found = _step_of(line)
-            if found is None or found > step:
+            if count == lines or found is None or found > step:
                 break
-            end, last = end + len(line), found
-        if end == len(data):
-            return
-        rest = [_step_of(line) for line in data[end:].splitlines(keepends=True)]
-        lost = sum(s is not None and s <= step for s in rest)
-        if lost or (rest[0] is None and len(rest) > 1):
+            end, count = end + len(line), count + 1
+        if count < lines:
             notice(
-                f"warning: {self.path}: cut after step {last}, an unreadable line follows it; "
-                f"{lost} records up to step {step} are lost"
+                f"warning: {self.path}: {lines - count} of the {lines} lines before the "
+                f"checkpoint of step {step} are lost; line {count + 1} is missing or unreadable"
             )
+        self.position = count
         os.truncate(self.path, end)
 
 

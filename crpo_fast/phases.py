@@ -59,17 +59,19 @@ class Run:
         self.progress: Progress = self.resume.progress
         self.metrics = JsonLines(self.folder.path / "metrics.jsonl", enabled=main)
         self.samples = JsonLines(self.folder.path / "samples.jsonl", enabled=main)
+        logged = self.progress.logged if self.resume.is_own else {}
         for log in (self.metrics, self.samples):
-            log.cut(self.progress.step)
+            log.cut(self.progress.step, logged.get(log.name, 0))
         self.guard = Guard(
             self.config.train.max_nonfinite,
             self.folder.path / "nonfinite",
             self.session.world,
             self.reporter.warning,
         )
-        if "nonfinite" in self.progress.controllers:
-            self.guard.load_state_dict(self.progress.controllers["nonfinite"])
-        self.evaluations = Evaluations(self.folder, self.progress.step, enabled=main)
+        saved, path = self.progress.controllers, self.resume.path
+        checkpoint.load_controller(self.guard, saved.get("nonfinite"), path)
+        count = logged.get(Evaluations.name, 0)
+        self.evaluations = Evaluations(self.folder, count, enabled=main)
         self.logs = (self.metrics, self.samples, self.evaluations)
         self.saver = Saver(
             self.config,
@@ -80,6 +82,8 @@ class Run:
             saved_step=self.progress.step if self.resume.is_own else -1,
         )
         self.probes = Probes(self.session, self.samples)
+        if self.resume.is_own:
+            checkpoint.load_controller(self.probes, saved.get("probes"), path)
         self.trackers = trackers.start(
             self.config,
             self.folder.path,
@@ -162,11 +166,12 @@ class Run:
 
     def save(self, optimizer: torch.optim.Optimizer, *, regular: bool = False) -> bool:
         """Write a checkpoint and prune old ones; False: it could not be written."""
+        controllers = {**self.progress.controllers, "probes": self.probes.state_dict()}
         with timing.timer("save"):
             self.progress = self.saver.save(
                 self.session.policy.model,
                 optimizer,
-                advance(self.progress, seconds=self.seconds),
+                advance(self.progress, seconds=self.seconds, controllers=controllers),
                 scores=self.scores(),
                 regular=regular,
             )
@@ -349,7 +354,7 @@ def _start(run: Run, index: int, length: int) -> Phase:
         with timing.timer("load"):
             checkpoint.load_model(resume.path, model)
             checkpoint.load_optimizer(resume.path, model, optimizer)
-        entropy.load_state_dict(run.progress.controllers)
+        checkpoint.load_controller(entropy, run.progress.controllers, resume.path)
         run.reporter.line(f"resumed from {resume.path} (step {resume.progress.step})")
     else:
         run.progress = advance(run.progress, phase=index, phase_steps=0, controllers={})

@@ -40,6 +40,14 @@ class Probes:
         self._session, self._log, self._answered = session, log, -1
         self.rows = probe_rows(session.task.rows.test, session.config.report.probe_prompts)
 
+    def state_dict(self) -> dict[str, int]:
+        """The step whose answers stand in the log last."""
+        return {"answered": self._answered}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up a saved state."""
+        self._answered = int(state["answered"])
+
     def answer(self, step: int) -> None:
         """Answer with the weights of ``step``, once; a collective, rank 0 writes."""
         if not self.rows or self._answered == step:

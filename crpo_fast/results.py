@@ -20,13 +20,20 @@ class Evaluations:
 
     Args:
         folder: of the run.
-        step: results of later steps are left out, they will be made again.
+        count: results that stay; later ones will be made again.
         enabled: write the file (rank 0).
     """
 
-    def __init__(self, folder: RunFolder, step: int, *, enabled: bool) -> None:
-        self.results = folder.read_evaluations(step)
+    name = "evaluations.json"
+
+    def __init__(self, folder: RunFolder, count: int, *, enabled: bool) -> None:
+        self.results = dict(list(folder.read_evaluations().items())[:count])
         self._folder, self._enabled, self._is_written = folder, enabled, False
+
+    @property
+    def position(self) -> int:
+        """How many results there are."""
+        return len(self.results)
 
     def get(self, name: str, step: int) -> dict[str, Any] | None:
         """The result ``name`` if it is of ``step``."""
@@ -35,6 +42,7 @@ class Evaluations:
 
     def add(self, name: str, step: int, result: dict[str, Any]) -> dict[str, Any]:
         """Take in a result; the file is written by ``sync``."""
+        self.results.pop(name, None)  # an "after" of a shorter run: the order tells the age
         self.results[name] = {**result, "step": step}
         self._is_written = False
         return self.results[name]
@@ -48,9 +56,9 @@ class Evaluations:
         """Write the file if something changed; why that failed, or ""."""
         if self._enabled and self.results and not self._is_written:
             try:
-                self._folder.write_json("evaluations.json", self.results)
+                self._folder.write_json(self.name, self.results)
             except OSError as error:
-                return f"evaluations.json could not be written ({error.strerror})"
+                return f"{self.name} could not be written ({error.strerror})"
             self._is_written = True
         return ""
 

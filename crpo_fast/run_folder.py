@@ -57,11 +57,10 @@ class RunFolder:
         file = self.path / "summary.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-    def read_evaluations(self, step: int) -> dict[str, Any]:
-        """Evaluations up to ``step``, by name; later ones will be done again."""
+    def read_evaluations(self) -> dict[str, Any]:
+        """Evaluations done so far, by name, in their order."""
         file = self.path / "evaluations.json"
-        done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return {name: e for name, e in done.items() if e["step"] <= step}
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def write_json(self, name: str, value: Any) -> None:
         """Write ``name`` whole or not at all."""

@@ -19,6 +19,16 @@ from crpo_fast.run_folder import RunFolder
 class Log(Protocol):
     """A file that grows with the run; a checkpoint is written only after all of it."""
 
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """How many records it has."""
+        ...
+
     def sync(self) -> str:
         """Write what waits; why that failed, or ""."""
         ...
@@ -110,6 +120,7 @@ class Saver:
             scores = {**scores, **({"reward": total / count} if count else {})}
             progress = replace(progress, rewards=(0.0, 0))
         progress = self.judged(progress, scores)
+        progress = replace(progress, logged={log.name: log.position for log in self.logs})
         veto = "; ".join(filter(None, (log.sync() for log in self.logs)))
         try:
             checkpoint.save(folder, model, optimizer, progress, self.world, veto=veto)

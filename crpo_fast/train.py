@@ -13,10 +13,12 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _HERE]
 
 import contextlib  # noqa: E402
+import random  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
+import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from crpo_fast import (  # noqa: E402
@@ -113,7 +115,7 @@ def gather(run: Run, phase: PhaseConfig, step: int) -> Experience:
     for them.
     """
     config, world, task = run.config, run.session.world, run.session.task
-    torch.manual_seed(_seed(config.seed, step, world.rank))
+    _seed_all(_seed(config.seed, step, world.rank))
     if phase.algorithm == "sft":
         rows, count = task.rows.cold_start, phase.sequences_per_step
         chosen = order(len(rows), config.seed, step * count, count)
@@ -164,6 +166,13 @@ def _resampling(run: Run, step: int, used: list[int]) -> Resampling:
 
 def _seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 4_096 + rank
+
+
+def _seed_all(seed: int) -> None:
+    """Every generator of the process, so that no state of one has to be saved."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)  # noqa: NPY002  (the global one, for reward functions)
+    torch.manual_seed(seed)
 
 
 def run(config: Config, world: World, reporter: Reporter, scorer: Scorer) -> None:

@@ -204,6 +204,8 @@ STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "endless seconds": lambda s: s["progress"].update(seconds=float("inf")),
     "best as a list": lambda s: s["progress"].update(best=[1, 2, 3]),
     "rewards of three": lambda s: s["progress"].update(rewards=[1, 2, 3]),
+    "logged as a list": lambda s: s["progress"].update(logged=[1]),
+    "endless log": lambda s: s["progress"]["logged"].update({"metrics.jsonl": 10**30}),
     "groups as text": lambda s: s.update(param_groups="lambda: 0"),
     "learning rate as code": lambda s: s["param_groups"][0].update(lr="exec('1')"),
     "params as numbers": lambda s: s["param_groups"][0].update(params=[0, 1]),
@@ -296,6 +298,17 @@ def test_a_state_of_another_model_is_refused_with_its_name(
     error = capsys.readouterr().err
     assert f"{last}: not a whole checkpoint (model.safetensors is of another model" in error
     assert "'__init__' is not in the model" in error
+
+
+@pytest.mark.parametrize(
+    "controllers", [{"alarm": 5}, {"alarm": {"names": [1]}}, {"nonfinite": "os.system"}]
+)
+def test_crafted_controllers_are_refused(
+    last: Path, controllers: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seal(last, lambda s: s["progress"].update(controllers=controllers))
+    assert run(last.parent.parent, *CAPPED) == 2
+    assert f"{last}: not a whole checkpoint (state.json: controllers:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../../../etc", "/etc", "step_4/../../..", "step_99x", ""])

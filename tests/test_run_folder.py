@@ -247,16 +247,18 @@ def test_logs_are_cut_back_to_the_checkpoint(
     whole = log.path.read_bytes()
     with log.path.open("ab") as file:
         file.write(b'{"step": 4, "x"')  # torn by a kill
-    log.cut(3)
+    log.cut(3, 4)
     assert log.path.read_bytes() == whole
-    log.cut(2)
+    log.cut(3, 3)  # the third is of step 2 and was written before the checkpoint, the last after it
     assert [r["step"] for r in log.read()] == [1, 2, 2]
     assert capsys.readouterr().out == ""
+    log.write({"step": 3, "x": [3]})
+    assert log.path.read_bytes() == whole
+    assert log.position == 4
     log.path.write_bytes(whole.replace(b'{"step": 2, "x": [2]}', b"\0" * 21, 1))
-    log.cut(3)
+    log.cut(3, 4)
     assert [r["step"] for r in log.read()] == [1]
-    assert "cut after step 1" in (out := capsys.readouterr().out)
-    assert "2 records up to step 3 are lost" in out
+    assert "3 of the 4 lines before the checkpoint of step 3 are lost" in capsys.readouterr().out
 
 
 # --- full disks
