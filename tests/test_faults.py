@@ -7,9 +7,12 @@ is refused status 2: one line says what to type, nothing has been written or cha
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -23,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 
-from crpo_fast import step, train
+from crpo_fast import checkpoint_files, step, train
 from crpo_fast.alarm import EntropyAlarm, Verdict
 from crpo_fast.rollout.static import StaticEngine
 
@@ -226,6 +229,83 @@ SYSTEM = [
     Fault("torn line of metrics", torn_line, 0, ("resumed from",), (), complete),
 ]
 
+# --- the checkpoint that the run would continue from
+
+
+def damaged(change: Callable[[Path], Any]) -> Callable[[Patch, Path], None]:
+    return lambda patch, run_dir: change(run_dir / "checkpoints" / "step_6")
+
+
+def cut_short(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate((folder / "model.safetensors").stat().st_size // 2)
+
+
+def one_bit(folder: Path) -> None:
+    content = bytearray((folder / "optimizer.safetensors").read_bytes())
+    content[-5] ^= 1
+    (folder / "optimizer.safetensors").write_bytes(content)
+
+
+def garbage(folder: Path) -> None:
+    (folder / "state.json").write_text("{")
+
+
+def half_written(folder: Path) -> None:
+    folder.rename(folder.with_name("step_6.tmp"))
+
+
+class Payload:
+    """Code that runs where a pickle is loaded."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("payload_ran",)
+
+
+def pickled(folder: Path) -> None:
+    os.chdir(folder.parent.parent)
+    (folder / "optimizer.safetensors").write_bytes(pickle.dumps(Payload()))
+
+
+def no_code_ran(run_dir: Path) -> None:
+    complete(run_dir)
+    assert not (run_dir / "payload_ran").exists()
+
+
+def full_disk(patch: Patch, run_dir: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    patch.setattr(checkpoint_files, "save_file", full)
+
+
+def goes_on_from_6(run_dir: Path) -> None:
+    complete(run_dir)
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_6"
+    assert not list((run_dir / "checkpoints").glob("*.tmp"))
+
+
+def another_run(patch: Patch, run_dir: Path) -> None:
+    file = (run_dir / "lock").open("a+")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    HELD.append(file)
+
+
+HELD: list[Any] = []
+SKIPS_6 = ("skipping", "step_6", "step_4 (step 4)")
+CHECKPOINTS = [
+    Fault("cut short", damaged(cut_short), 0, SKIPS_6, (), complete),
+    Fault("one bit", damaged(one_bit), 0, SKIPS_6, (), complete),
+    Fault("no state", damaged(lambda f: (f / "state.json").unlink()), 0, SKIPS_6, (), complete),
+    Fault(
+        "garbage", damaged(lambda f: (f / "state.json").write_text("{")), 0, SKIPS_6, (), complete
+    ),
+    Fault("half written", damaged(half_written), 0, ("step_4 (step 4)",), (), complete),
+    Fault("a pickle", damaged(pickled), 0, SKIPS_6, (), no_code_ran),
+    Fault("full disk", full_disk, 0, ("No space left", "step_6"), (), goes_on_from_6),
+    Fault("two runs", another_run, 2, ("no other run uses", "--run.dir"), (), at_step_6),
+]
+
 # --- what was typed
 
 TYPED = [
@@ -279,7 +359,9 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("fault", [*ENGINE, *MATHEMATICS, *SYSTEM, *TYPED], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fault", [*ENGINE, *MATHEMATICS, *SYSTEM, *CHECKPOINTS, *TYPED], ids=lambda f: f.name
+)
 def test_fault_and_its_ending(
     fault: Fault,
     half: Path,
@@ -289,6 +371,7 @@ def test_fault_and_its_ending(
 ) -> None:
     run_dir = tmp_path / "r"
     shutil.copytree(half, run_dir)
+    monkeypatch.chdir(tmp_path)
     fault.inject(monkeypatch, run_dir)
     assert train.main([TINY, "--run.dir", str(run_dir), *fault.arguments]) == fault.status
     out, err = capsys.readouterr()
