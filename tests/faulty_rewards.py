@@ -58,6 +58,12 @@ def by_dataset(completions, dataset_id, **columns):
     return [misbehave(mark) for mark in found if mark != "drop"]
 
 
+def by_environment(completions, **columns):
+    """All samples misbehave as the variable says."""
+    mark = os.environ.get("REWARD_FAULT", "")
+    return [misbehave(mark) for _ in completions if mark != "drop"]
+
+
 def above_mean(completions, **columns):
     """Compares the samples of a prompt; raises on "raise"."""
     sizes = [len(c) for c in completions if misbehave(c)]
