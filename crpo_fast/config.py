@@ -316,7 +316,7 @@ class TrackConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """One ``[[phases]]`` table: ``algorithm`` for ``steps`` optimizer steps."""
+    """One ``[[phases]]`` table: ``algorithm`` for ``steps`` steps of the loop, a rollout each."""
 
     algorithm: str = "crpo"
     steps: int = 100

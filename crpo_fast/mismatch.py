@@ -15,8 +15,14 @@ The rho of these is the bare one; the metric ``rho`` is the mean of the weights 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from crpo_fast.config import RolloutConfig
+from crpo_fast.endings import MismatchError
 from crpo_fast.metrics import Sums
 from crpo_kernels import ObjectiveSpec
 
@@ -32,22 +38,25 @@ def add_mismatch(
     """Add the tokens of one micro-batch."""
     log_rho = logprobs.double() - rollout_logprobs.double()
     rho, count = log_rho.exp(), log_rho.numel()
-    sums.add("mismatch", log_rho.abs().sum(), count)
-    sums.add("mismatch/kl", (log_rho.expm1() - log_rho).sum(), count)
-    sums.add("rho/mean", rho.sum(), count)
-    sums.add(_SQUARE, rho.square().sum(), count)
-    sums.add("rho/cut", _is_cut(rho, objective), count)
+    found = {
+        "mismatch": log_rho.abs(),
+        "mismatch/kl": log_rho.expm1() - log_rho,
+        "rho/mean": rho,
+        _SQUARE: rho.square(),
+        "rho/cut": _is_cut(rho, objective).double(),
+    }
+    totals = torch.stack(list(found.values())).sum(1).tolist()  # one transfer from a GPU
+    for name, total in zip(found, totals, strict=True):
+        sums.add(name, total, count)
     sums.add_extremes("mismatch", log_rho.abs())
     sums.add_extremes("rho", rho, minimum=True)
 
 
-def _is_cut(rho: Tensor, objective: ObjectiveSpec) -> Tensor | float:
+def _is_cut(rho: Tensor, objective: ObjectiveSpec) -> Tensor:
     if objective.rho_mode is None:
-        return 0.0
+        return torch.zeros_like(rho)
     above = rho > objective.rho_cap
-    if objective.rho_mode == "mask":
-        above = above | (rho < objective.rho_floor)
-    return above.sum()
+    return above | (rho < objective.rho_floor) if objective.rho_mode == "mask" else above
 
 
 def finish_mismatch(metrics: dict[str, float]) -> None:
@@ -55,3 +64,38 @@ def finish_mismatch(metrics: dict[str, float]) -> None:
     square = metrics.pop(_SQUARE, None)
     if square is not None:
         metrics["rho/ess"] = metrics["rho/mean"] ** 2 / square if square else 0.0
+
+
+@dataclass
+class MismatchCheck:
+    """The first rollout that is trained on shows whether the engine serves the same weights.
+
+    Attributes:
+        bound: of the mean of |log rho|, nats.
+        is_due: nothing was checked yet.
+    """
+
+    bound: float
+    is_due: bool = True
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, renormalises: bool) -> MismatchCheck:
+        """The config's bound, wider for an engine whose logprobs are of what top_p keeps."""
+        return cls(rollout.max_mismatch - (math.log(rollout.top_p) if renormalises else 0.0))
+
+    def update(self, metrics: dict[str, float]) -> None:
+        """Take up the metrics of a step; one without a good update says nothing.
+
+        Raises:
+            MismatchError: the bound is exceeded.
+        """
+        if not self.is_due or "mismatch" not in metrics or not metrics["updates"]:
+            return
+        self.is_due = False
+        if metrics["mismatch"] > self.bound:
+            raise MismatchError(
+                "the engine serves other weights: mean |train - rollout logprob| is "
+                f"{metrics['mismatch']:.4f} nats on the first batch, the bound is {self.bound}. "
+                "Same attention and dtype in both? Type --model.compute_dtype float32, or raise "
+                "--rollout.max_mismatch knowingly."
+            )

@@ -98,14 +98,19 @@ class Guard:
             f"{saved}"
         )
 
-    def error(self, where: str) -> NonFiniteError:
-        """Why the run ends; ``where`` says what was saved."""
+    def error(self, is_saved: bool, checkpoints: Path) -> NonFiniteError:
+        """Why the run ends; the last good weights are in ``checkpoints`` if ``is_saved``."""
+        last = (
+            f"The last good weights are the newest in {checkpoints}."
+            if is_saved
+            else f"What is in {checkpoints} is from before: these weights could not be saved."
+        )
         return NonFiniteError(
             f"loss or gradient of {self.in_a_row} updates in a row not finite (train.max_nonfinite "
-            f"{self.limit}); none of them changed the weights. {where} Lower optim.lr, or look "
-            f"for NaN in the data and the model (model.compute_dtype float32 helps); the batches "
-            f"are in {self.folder}. Type --optim.lr <smaller> --run.dir <new folder> --run.resume "
-            "<run>/checkpoints/step_<n>."
+            f"{self.limit}); none of them changed the weights. {last} Their batches are in "
+            f"{self.folder}. Lower optim.lr, or look for NaN in the data and the model "
+            "(model.compute_dtype float32 helps): type --optim.lr <smaller> --run.dir <new folder> "
+            f"--run.resume {checkpoints}/step_<n>."
         )
 
 

@@ -8,7 +8,6 @@ Run.finish     -> final evaluation, export, summary, curves
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,12 +21,13 @@ from crpo_fast.alarm import Verdict
 from crpo_fast.checkpoint import Progress, SaveError
 from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.console import Reporter, notice
-from crpo_fast.endings import EntropyExplosionError, MismatchError, Stopped, StopSignal
+from crpo_fast.endings import EntropyExplosionError, Stopped, StopSignal
 from crpo_fast.entropy_watch import EntropyWatch
 from crpo_fast.evaluate import evaluate
 from crpo_fast.experience import Experience
 from crpo_fast.loss import LossSpec, loss_spec
 from crpo_fast.metrics import JsonLines
+from crpo_fast.mismatch import MismatchCheck
 from crpo_fast.nonfinite import Guard, is_finite
 from crpo_fast.optim import build_optimizer
 from crpo_fast.policy import Policy
@@ -165,7 +165,13 @@ class Run:
         return self.evaluations.scores(self.progress.step)
 
     def save(self, optimizer: torch.optim.Optimizer, *, regular: bool = False) -> bool:
-        """Write a checkpoint and prune old ones; False: it could not be written."""
+        """Write a checkpoint and prune old ones; False: it could not be written.
+
+        Weights that are not finite are never written: nothing good would be left after a few.
+        """
+        if not is_finite(self.session.policy.model, self.session.world):
+            self.reporter.warning("no checkpoint, the weights themselves are not finite")
+            return False
         controllers = {**self.progress.controllers, "probes": self.probes.state_dict()}
         with timing.timer("save"):
             self.progress = self.saver.save(
@@ -213,6 +219,7 @@ class Phase:
     entropy: EntropyWatch
     plan: UpdatePlan
     line: PhaseLine
+    mismatch: MismatchCheck
 
     def steps(self) -> Iterator[int]:
         """The 0-based steps of the phase that are not done."""
@@ -256,7 +263,7 @@ class Phase:
         self._check_finite()
         if metrics.get("reward/error_rate"):  # the same on all ranks
             reward_errors.check(run, metrics, batch.reward_errors, lambda: run.save(self.optimizer))
-        self._check(step, metrics, verdict)
+        self._check(metrics, verdict)
         if self.config.algorithm != "sft" and is_due(step + 1, run.config.report.probe_every):
             run.probes.answer(run.progress.step)
         self._evaluate_and_save(step + 1)
@@ -281,32 +288,17 @@ class Phase:
             self.run.evaluate(f"step_{self.run.progress.step}")
 
     def _check_finite(self) -> None:
-        run = self.run
-        if not run.guard.is_exhausted:
-            return
-        last = f"The weights were saved in {run.folder.checkpoints / f'step_{run.progress.step}'}."
-        if is_finite(run.session.policy.model, run.session.world):
-            run.save(self.optimizer)
-        else:
-            last = "The weights themselves are not finite and were not saved."
-        raise run.guard.error(last)
+        guard, checkpoints = self.run.guard, self.run.folder.checkpoints
+        if guard.is_exhausted:
+            raise guard.error(self.run.save(self.optimizer), checkpoints)
 
-    def _check(self, step: int, metrics: dict[str, float], verdict: Verdict) -> None:
-        rollout = self.run.config.rollout
-        bound = rollout.max_mismatch
-        if self.run.session.engine.renormalises:  # its logprobs are of the tokens that top_p keeps
-            bound -= math.log(rollout.top_p)
-        if step == self._first and metrics.get("mismatch", 0.0) > bound:
-            raise MismatchError(
-                "the engine serves other weights: mean |train - rollout logprob| is "
-                f"{metrics['mismatch']:.4f} nats on the first batch, the bound is {bound}. Same "
-                "attention and dtype in both? Type --model.compute_dtype float32, or raise "
-                "--rollout.max_mismatch knowingly."
-            )
+    def _check(self, metrics: dict[str, float], verdict: Verdict) -> None:
+        run = self.run
+        self.mismatch.update(metrics)
         for message in verdict.warnings:
-            self.run.reporter.warning(message)
+            run.reporter.warning(message)
         if verdict.stop is not None:
-            self.run.save(self.optimizer)
+            run.save(self.optimizer)
             raise EntropyExplosionError(verdict.stop)
 
     def _watch_entropy(self, step: int, metrics: dict[str, float]) -> Verdict:
@@ -371,7 +363,20 @@ def _start(run: Run, index: int, length: int) -> Phase:
         floor=run.config.entropy.alarm_floor,
         records=_records(run, resume.progress.phase_steps) if continues else (),
     )
-    return Phase(run, index, length, config, spec, optimizer, reference, entropy, plan, line)
+    mismatch = MismatchCheck.of(run.config.rollout, session.engine.renormalises)
+    return Phase(
+        run=run,
+        index=index,
+        length=length,
+        config=config,
+        loss=spec,
+        optimizer=optimizer,
+        reference=reference,
+        entropy=entropy,
+        plan=plan,
+        line=line,
+        mismatch=mismatch,
+    )
 
 
 def _records(run: Run, count: int) -> list[dict[str, Any]]:

@@ -40,18 +40,18 @@ from crpo_fast.console import Reporter  # noqa: E402
 from crpo_fast.data import DataError  # noqa: E402
 from crpo_fast.distributed import World  # noqa: E402
 from crpo_fast.dynamic_sampling import Resampling, further_rows, round_seed  # noqa: E402
+from crpo_fast.endings import (  # noqa: E402
+    EntropyExplosionError,
+    MismatchError,
+    Stopped,
+    StopSignal,
+)
 from crpo_fast.experience import Experience  # noqa: E402
 from crpo_fast.models import ModelError  # noqa: E402
 from crpo_fast.nonfinite import NonFiniteError  # noqa: E402
 from crpo_fast.optim import learning_rate, set_learning_rate  # noqa: E402
 from crpo_fast.peers import Peers  # noqa: E402
-from crpo_fast.phases import (  # noqa: E402
-    EntropyExplosionError,
-    MismatchError,
-    Run,
-    Stopped,
-    StopSignal,
-)
+from crpo_fast.phases import Run  # noqa: E402
 from crpo_fast.policy import UnsupportedModelError  # noqa: E402
 from crpo_fast.reward_pool import Scorer  # noqa: E402
 from crpo_fast.rewards import RewardError  # noqa: E402
