@@ -15,7 +15,7 @@ from crpo_fast.distributed import World
 from crpo_fast.step import micro_batches
 from crpo_fast.updates import run_updates
 from entropy_cases import controlled
-from layout_worker import make_model
+from layout_cases import make_model
 from loop_cases import CASES, ROWS, collected, errors, guard_of, sequences_of, spec_of, whole
 
 
