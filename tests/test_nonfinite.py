@@ -178,16 +178,14 @@ def test_sums_pool_means_totals_and_extremes() -> None:
 
     pooled = Sums()
     for mine, theirs in (([1.0, 2.0], [6.0]), ([-3.0], [])):
-        other = update(theirs)
-
-        def all_sum(x: torch.Tensor, other: Sums = other) -> torch.Tensor:
-            (total, count), number = other._pairs["mean"], other._totals["total"]
-            return x + torch.tensor([total, count, number], dtype=torch.float64)
+        other, vectors = update(theirs), []
+        other.reduced(lambda x, seen=vectors: (seen.append(x), x)[1])
 
         def all_max(x: dict[str, float], other: Sums = other) -> dict[str, float]:
             return {k: max(v, other._peaks[k]) for k, v in x.items()}
 
-        pooled.merge(update(mine).reduced(all_sum, all_max))
+        (theirs_summed,) = vectors
+        pooled.merge(update(mine).reduced(theirs_summed.__add__, all_max))
     assert pooled.means() == {"mean": 1.5, "total": 4.0, "peak/max": 6.0, "peak/min": -3.0}
     assert update([]).means() == {"mean": 0.0, "total": 0.0, "peak/max": 0.0, "peak/min": 0.0}
     poisoned = update([1.0, torch.nan]).means()
