@@ -44,17 +44,27 @@ def out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def _after(calls: int, function: Callable[..., Any], fault: Callable[[], None]) -> Any:
+def _after(
+    calls: int,
+    function: Callable[..., Any],
+    fault: Callable[[], None],
+    counts: Callable[..., bool] = lambda *_: True,
+) -> Any:
     seen = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal seen
-        seen += 1
+        seen += counts(*args)
         if seen > calls:
             fault()
         return function(*args, **kwargs)
 
     return wrapped
+
+
+def in_groups(_engine: Any, _prompts: Any, group_size: int, *_: Any) -> bool:
+    """A rollout, neither an evaluation nor a probe."""
+    return group_size > 1
 
 
 def inject(name: str) -> None:
@@ -71,7 +81,7 @@ def inject(name: str) -> None:
     if where == "forward":
         step.micro_batch_loss = _after(6, step.micro_batch_loss, action)
     else:
-        StaticEngine._complete = _after(4, StaticEngine._complete, action)
+        StaticEngine._complete = _after(3, StaticEngine._complete, action, in_groups)
 
 
 if __name__ == "__main__":
