@@ -180,6 +180,7 @@ def export_model(
     *,
     state_dict: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    card: str | None = None,
 ) -> Path:
     """Writes a transformers folder (safetensors, config, tokenizer), whole or not at all.
 
@@ -189,6 +190,7 @@ def export_model(
         folder: where to; an earlier export there is replaced.
         state_dict: full weights by name; None: the model's own.
         dtype: floating dtype on disk; None: as they are.
+        card: text of README.md; None: there is none.
 
     Returns:
         ``folder``.
@@ -210,6 +212,8 @@ def export_model(
         model.save_pretrained(temporary, state_dict=weights)  # empties the dictionary
     tokenizer.save_pretrained(temporary)
     _write_dtype(temporary / "config.json", stored)
+    if card is not None:
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     for file in temporary.glob("*.safetensors"):  # written for the owner alone
         file.chmod((temporary / "config.json").stat().st_mode)
     _replace(temporary, folder)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from crpo_fast import models, outcome
+from crpo_fast import models, outcome, provenance
+from crpo_fast.model_card import write_card
 from crpo_fast.run_folder import RunFolder, phase_lengths
 from crpo_fast.session import DTYPES
 
@@ -63,6 +64,19 @@ class Evaluations:
         return ""
 
 
+def _card(run: Run) -> str:
+    session, world = run.session, run.session.world
+    facts = {
+        "parameters": sum(p.numel() for p in session.policy.model.parameters()),
+        "ranks": world.size,
+        "machine": provenance.machine(world.device.type),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "seconds": run.seconds,
+    }
+    return write_card(run.config, session.task.rows, run.evaluations.results, facts=facts)
+
+
 def write_results(run: Run, after: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """The transformers export, the curves, summary.json and the closing lines (rank 0).
 
@@ -79,6 +93,7 @@ def write_results(run: Run, after: dict[str, Any], weights: dict[str, Tensor]) -
         run.folder.path / "final",
         state_dict=weights,
         dtype=DTYPES[run.config.model.compute_dtype],
+        card=_card(run),
     )
     summary = {
         "seconds": round(run.seconds, 1),
