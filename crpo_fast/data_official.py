@@ -22,6 +22,7 @@ from crpo_fast.data_tables import (
     read_csv,
     read_jsonl,
     require_columns,
+    shown,
     where,
 )
 
@@ -40,7 +41,7 @@ def label_problem(label: str, name: str) -> str | None:
     close = nearest(label, labels)
     same = "; it differs in case only" if close.casefold() == label.casefold() else ""
     return (
-        f"expected one of {quoted(labels)}, got {label!r}. The nearest valid label is "
+        f"expected one of {quoted(labels)}, got {shown(label)}. The nearest valid label is "
         f"{close!r}{same}. "
         "Correct the cell or remove the row."
     )
@@ -182,8 +183,8 @@ def _cold_start_row(path: Path, name: str, record: Record) -> Row:
         value = record.cells.get(column, "")
         if not isinstance(value, str):
             raise DataError(
-                f"{where(path, record.row, record.line, column)}: expected text, got {value!r}. "
-                "Write a string."
+                f"{where(path, record.row, record.line, column)}: expected text, got "
+                f"{shown(value)}. Write a string."
             )
     label = record.cells["label"].strip()
     problem = label_problem(label, name)
@@ -217,13 +218,13 @@ def _check_stages(path: Path, record: Record, stages: object) -> None:
     if not isinstance(stages, dict) or not stages:
         raise DataError(
             f"{where(path, record.row, record.line, 'stages')}: expected an object of stage -> "
-            f"text, got {stages!r}. Write one."
+            f"text, got {type(stages).__name__ if stages else 'nothing'}. Write one."
         )
     for stage, text in stages.items():
         if not isinstance(text, str) or not text.strip():
             raise DataError(
                 f"{where(path, record.row, record.line, 'stages')}: expected a non-empty text for "
-                f"stage {stage!r}, got {text!r}. Fill it."
+                f"stage {stage!r}, got {shown(text)}. Fill it."
             )
 
 

@@ -74,6 +74,17 @@ def nearest(value: str, options: Iterable[str]) -> str:
     return by_case[found[0]]
 
 
+def shown(value: object) -> str:
+    """A cell for a message: a label or a constant as it is, never what may be (part of) a post."""
+    if isinstance(value, str):
+        return (
+            repr(value)
+            if len(value.split()) <= 4 and len(value) <= 40
+            else (f"a text of {len(value)} characters")
+        )
+    return repr(value) if value is None or isinstance(value, bool) else type(value).__name__
+
+
 def quoted(values: Iterable[str]) -> str:
     """The values in quotes, between commas."""
     return ", ".join(repr(value) for value in values)
@@ -279,7 +290,7 @@ def _cell_text(path: Path, record: Record, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise DataError(
             f"{where(path, record.row, record.line, column)}: expected a non-empty text or a "
-            f"number, got {value!r}. "
+            f"number, got {shown(value)}. "
             "Fill that cell or remove the row."
         )
     return value
@@ -296,7 +307,8 @@ def _stage_texts(path: Path, record: Record, column: str) -> dict[str, str]:
         raise DataError(
             f"{where(path, record.row, record.line, column)}: expected an object of stage name -> "
             "non-empty text, "
-            f"got {value!r}. Write every stage, or leave the column out."
+            f"got {type(value).__name__}{' with an empty or missing text' if value else ''}. "
+            "Write every stage, or leave the column out."
         )
     return dict(value)
 

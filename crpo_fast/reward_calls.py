@@ -297,7 +297,7 @@ def _numbers(name: str, values: Any, completions: Sequence[Completion]) -> list[
             numbers.append(None if value is None else float(value))
         except Exception as error:  # OverflowError of a large int, RuntimeError of a tensor ...
             raise RewardError(
-                f"reward {name}: expected a number or None, got {value!r}; "
+                f"reward {name}: expected a number or None, got {type(value).__name__}; "
                 f"{_sample(i, completions[i])}. Return one float (or None) per completion."
             ) from error
     return numbers
@@ -320,8 +320,8 @@ def named(functions: Sequence[RewardFunction]) -> dict[str, RewardFunction]:
 
 
 def _sample(index: int, completion: Completion) -> str:
-    text = completion_text(completion)
-    return f"sample {index}, completion {text[:120]!r}{' ...' if len(text) > 120 else ''}"
+    """Which sample; what it says may quote a post and stays out of messages."""
+    return f"sample {index}, a completion of {len(completion_text(completion))} character(s)"
 
 
 def completion_text(completion: Completion) -> str:
@@ -332,6 +332,6 @@ def completion_text(completion: Completion) -> str:
         return completion[-1]["content"]
     except (LookupError, TypeError) as error:
         raise ValueError(
-            f"completions: expected text or a list of messages, got {completion!r}. "
+            f"completions: expected text or a list of messages, got {type(completion).__name__}. "
             "Pass strings, or [{'role': 'assistant', 'content': ...}]."
         ) from error

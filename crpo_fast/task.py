@@ -125,10 +125,12 @@ class Task:
         """The cold-start sequence of a row with a written completion."""
         text = row.completion if row.stages is None else self.grammar.render(row.stages, row.label)
         if text is None:
+            members = [r for r in self.rows.cold_start if r.dataset_id == row.dataset_id]
+            number = next((i for i, r in enumerate(members, start=1) if r is row), 0)
             raise ConfigError(
-                f"data: the sft phase needs a written completion, row {row.text[:40]!r} of "
-                f"{row.dataset_id} has none. Set data.completion, or add cold_start.jsonl to the "
-                "data set's folder."
+                f"data: the sft phase needs a written completion, cold-start row {number} of data "
+                f"set {row.dataset_id} has none. Set data.completion, or add "
+                "cold_start.jsonl to the data set's folder."
             )
         ids = encode_completion(text, self.tokenizer)
         return Sequence(self.prompt(row)[0], ids, self.grammar.stage_ids(ids, self.tokenizer))

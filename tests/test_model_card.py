@@ -78,12 +78,24 @@ def test_nothing_of_the_data_and_no_path_of_the_machine(finished: Path, card: st
                 words = record["text"].split()
                 assert " ".join(words[:4]) not in card
     assert posts > 50
-    for line in (finished / "samples.jsonl").read_text(encoding="utf-8").splitlines():
-        text = json.loads(line).get("completion") or ""
-        assert len(text) < 12 or text not in card
+    samples = (finished / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [text for line in samples for text in _texts(json.loads(line)) if len(text) > 20]
+    assert len(texts) > 2
+    assert not [text for text in texts if text in card]
     assert "jdoe7" not in card
     assert not re.search(r"(?<![\w.:/])/(?:home|root|tmp|Users)/", card)
     assert str(Path.home()) not in card
+
+
+def _texts(record: object, key: str = "") -> list[str]:
+    """All posts and completions of a record, however deep."""
+    if isinstance(record, dict):
+        return [text for name, value in record.items() for text in _texts(value, name)]
+    if key == "tokens" and isinstance(record, list):
+        return ["".join(record)]
+    if isinstance(record, list):
+        return [text for value in record for text in _texts(value)]
+    return [record] if key in ("post", "completion") and isinstance(record, str) else []
 
 
 def test_it_says_what_it_is_and_is_not(card: str) -> None:
@@ -140,3 +152,39 @@ def test_a_canary_in_every_field_of_the_data_stays_out(tmp_path: Path) -> None:
     assert "data.path = posts.jsonl" in text
     assert "# base, SFT + CRPO" in text
     assert "base_model" not in front_matter(text)  # a folder is no name on the hub
+
+
+POST = "canary-7f3a I have not slept since my sister moved out and nobody calls me any more"
+
+
+def test_errors_about_rows_name_the_row_and_quote_no_post(tmp_path: Path) -> None:
+    """A written completion that is missing; a post where a label, a stage or a list should be."""
+    from crpo_fast.data import DataError, load_cold_start, load_official
+    from crpo_fast.reward_calls import RewardError, score
+    from crpo_fast.task import ConfigError, Task
+
+    task = Task.__new__(Task)
+    rows = [Row(POST, "Yes", dataset_id="A", completion="x"), Row(POST, "Yes", dataset_id="A")]
+    object.__setattr__(task, "rows", Rows([], [], rows))
+    messages = []
+    with pytest.raises(ConfigError, match="cold-start row 2 of data set A") as error:
+        task.written(rows[1])
+    messages.append(error)
+    folder = tmp_path / "Dreaddit"
+    folder.mkdir()
+    (folder / "train_clean.csv").write_text(f"text,label,mental_prompt\nYes,{POST},p\n")
+    with pytest.raises(DataError, match=r"got a text of \d+ characters") as error:
+        load_official(tmp_path, "train", ["Dreaddit"])
+    messages.append(error)
+    for stages in ([POST], {"a": [POST]}):
+        record = {"text": POST, "label": "Yes", "mental_prompt": "p", "stages": stages}
+        (folder / "cold_start.jsonl").write_text(json.dumps(record) + "\n")
+        with pytest.raises(DataError, match="got list") as error:
+            load_cold_start(tmp_path, ["Dreaddit"])
+        messages.append(error)
+    with pytest.raises(RewardError, match="got str; sample 0, a completion of 83 char") as error:
+        score([lambda completions: completions], [1.0], ["p"], [POST], {})
+    messages.append(error)
+    for found in messages:
+        assert "canary" not in str(found.value)
+        assert "sister" not in str(found.value)
