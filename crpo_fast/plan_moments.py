@@ -27,6 +27,7 @@ from crpo_fast.loss import LossSpec, loss_spec, micro_batch_loss
 from crpo_fast.packing import MicroBatch, Sequence
 from crpo_fast.phases import update_plan
 from crpo_fast.policy import HeadFunction, Policy
+from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.sampling import sample
 from crpo_fast.rollout.static import StaticEngine
 from crpo_fast.session import DTYPES
@@ -142,12 +143,13 @@ class Rehearsal:
             copy = self.reference.model
             self.bytes.add([*copy.parameters(), *copy.buffers()], "KL reference")
 
-    def moments(self) -> list[Moment]:
-        """All moments of a step, in their order."""
+    def moments(self, limit: int | None = None) -> list[Moment]:
+        """All moments of a step, in their order; ``limit``: bytes of a GPU, or None."""
         found = []
+        is_static = self.config.rollout.engine == "static"
         with self.bytes:
-            if self.phase.algorithm != "sft" and self.config.rollout.engine == "static":
-                found.append(self._rollout())
+            if self.phase.algorithm != "sft":
+                found.append(self._rollout() if is_static else self._hf_rollout(limit))
             batches = self._batches()
             if self.reference is not None:
                 found.append(self._reference_pass(batches[0]))
@@ -224,19 +226,59 @@ class Rehearsal:
         engine.rehearse(prompts, params.max_tokens, sampled)
         return self._moment("rollout", activations="rollouts")
 
+    def _hf_rollout(self, limit: int | None) -> Moment:
+        """The engine hf: gathered weights, its paged cache, and the logits of all rows.
+
+        An estimate: the engine decides more by itself. On a GPU it takes at most 40 % of what is
+        free, and requests that do not fit wait.
+        """
+        rollout, model = self.config.rollout, self.policy.model
+        rows = rollout.prompts_per_step // self.world.size * rollout.group_size
+        page = HFEngine.default_page_size(self.device)
+        pages = -(-(self.lengths.prompt + self.lengths.completion) // page) + 1
+        settings = model.config
+        heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+        width = getattr(settings, "head_dim", None)
+        width = width or settings.hidden_size // settings.num_attention_heads
+        item = DTYPES[self.config.model.compute_dtype].itemsize
+        token = 2 * settings.num_hidden_layers * heads * width * item
+        cache = rows * pages * page * token
+        self.bytes.restart()
+        with self.policy.gathered():
+            held = sum(self.bytes.live.values())
+            if self.device == "cuda" and limit is not None:
+                cache = min(cache, max(0, int(0.4 * (limit - held))))
+            logits = 2 * rows * settings.vocab_size * 4  # fp32, and their probabilities
+            self.bytes.hold("rollouts", cache + logits)
+            self.bytes.hold("rollouts", -cache - logits)
+        return self._moment("rollout", activations="rollouts")
+
+    @contextlib.contextmanager
+    def _logits_of_a_gpu(self, batch: MicroBatch) -> Iterator[None]:
+        """A GPU keeps products in fp32 beside their bf16 gradient, a CPU one buffer for both."""
+        extra = 0
+        if self.device == "cuda" and self.config.model.compute_dtype == "bfloat16":
+            vocab_size, dim = self.policy.model.get_output_embeddings().weight.shape
+            extra = 4 * vocab_size * min(batch.labels.numel(), max(dim, 1024))
+        self.bytes.hold("loss workspace", extra)
+        yield
+        self.bytes.hold("loss workspace", -extra)
+
     def _reference_pass(self, batch: MicroBatch) -> Moment:
         assert self.reference is not None, "asked for without a KL term"
         self.bytes.restart()
-        self.reference.logprobs(batch, self.spec.temperature, **dict(self.spec.options))
+        with self._logits_of_a_gpu(batch):
+            self.reference.logprobs(batch, self.spec.temperature, **dict(self.spec.options))
         return self._moment("reference pass")
 
     def _forward_and_backward(self, batches: list[MicroBatch]) -> Moment:
         self.bytes.restart()
         for i, batch in enumerate(batches):
             distributed.set_gradient_sync(self.policy.model, i == len(batches) - 1)
-            loss, _stats = micro_batch_loss(self.policy, batch, self.spec)
-            with self.fake:
-                loss.backward()
+            with self._logits_of_a_gpu(batch):
+                loss, _stats = micro_batch_loss(self.policy, batch, self.spec)
+                with self.fake:
+                    loss.backward()
         found = self._moment("forward, backward")
         self.bytes.add([p.grad for p in self.trainable], "gradients, sharded")
         return found

@@ -51,8 +51,13 @@ class HFEngine(EmbeddedEngine):
         super().__init__(model, autocast=autocast, gathered=gathered)
         on_cpu = self._model.device.type == "cpu"
         self._max_batch_tokens = max_batch_tokens or (1024 if on_cpu else None)
-        self._page_size = page_size or (32 if on_cpu else 256)
+        self._page_size = page_size or self.default_page_size("cpu" if on_cpu else "cuda")
         self._max_cache_tokens = max_cache_tokens
+
+    @staticmethod
+    def default_page_size(device: str) -> int:
+        """Tokens of a page of the cache; paged flash attention wants a multiple of 256."""
+        return 32 if device == "cpu" else 256
 
     def _complete(
         self, prompt_ids: list[list[int]], group_size: int, params: SamplingParams, seed: int
