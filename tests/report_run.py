@@ -128,6 +128,7 @@ def _metrics(step: int, steps: int, draw: random.Random) -> dict[str, Any]:
         record[f"stage_entropy/{k}"] = 0.5 / (k + 1) * (1 - 0.4 * share) + draw.random() / 50
         record[f"stage_coef/{k}"] = 0.06 * math.tanh(k + 1 - 3.5)
         record[f"stage_tokens/{k}"] = 5.0 + k
+    record["stage_target/4"] = 0.08  # as the dual controller logs it
     return record
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crpo_fast import train
-from crpo_fast.report import ReportError, page_data, render, write
+from crpo_fast.report import ReportError, page_data, render, write, write_at_end
 from crpo_fast.report.__main__ import main
 from crpo_fast.report.curves import curves
 from crpo_fast.report.privacy import hide
@@ -243,11 +243,24 @@ def test_command_line(run500: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [r["name"] for r in runs] == [f"{run500.parent.name}/example", "b/example"]
     assert main([str(run500)]) == 0
     assert (run500 / "report.html").exists()
+    before = (run500 / "report.html").read_text()
+    assert main([str(run500), "--show-text"]) == 0
+    assert (run500 / "report.html").read_text() == before  # the page without text stays
+    assert "pay my rent" in (run500 / "report_with_text.html").read_text()
+    assert "pay my rent" not in before
     capsys.readouterr()
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "Type python -m crpo_fast.report runs/<name>" in capsys.readouterr().err
     with pytest.raises(ReportError, match="expected the folder of a run"):
         page_data([tmp_path])
+
+
+def test_a_report_that_fails_is_named_and_ends_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    write_at_end(tmp_path, said.append)
+    (line,) = said
+    assert "report.html was not written (ReportError" in line
+    assert f"python -m crpo_fast.report {tmp_path}" in line
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,9 @@ def test_curves_by_hover_and_keys(opened: Page, run500: Path) -> None:
     assert number(reward.split()[1].rstrip(",")) == pytest.approx(
         metrics[COLD + 2]["reward"], rel=2e-3
     )
+    controlled = chart(page, "5 mental_state")
+    assert "target 0.08" in controlled.locator("output").inner_text()
+    assert controlled.locator("polygon").count() == 1  # the band, half to twice the target
     page.keyboard.press("Escape")
     assert chart(page, "Gradient norm").locator("output").inner_text().endswith("at 500")
     svg.hover()

@@ -148,3 +148,29 @@ def test_bootstrap_draws_follow_the_score_of_resampled_rows():
     low, high = bootstrap_interval(gold, predicted, ["a"] * 40, {"a": YES_NO}, resamples=4000)
     assert low == pytest.approx(plain[7], abs=3)
     assert high == pytest.approx(plain[-8], abs=3)
+
+
+def test_paired_bootstrap_of_a_change():
+    """Where nothing changed a point at 0; else far narrower than two intervals on their own."""
+    draw = random.Random(3)
+    gold = [draw.choice(YES_NO) for _ in range(200)]
+    before = [g if draw.random() < 0.7 else draw.choice(["Yes", "No", None]) for g in gold]
+    after = [g if draw.random() < 0.3 else b for g, b in zip(gold, before, strict=True)]
+    arguments = (["a"] * 200, {"a": YES_NO})
+    assert bootstrap_interval(gold, before, *arguments, before=before) == (0, 0)
+    low, high = bootstrap_interval(gold, after, *arguments, before=before)
+    scores = [score_predictions(gold, p, *arguments)["weighted_f1"] for p in (before, after)]
+    assert low < scores[1] - scores[0] < high
+    alone = [bootstrap_interval(gold, p, *arguments) for p in (before, after)]
+    assert high - low < 0.8 * min(b - a for a, b in alone)
+    plain = []
+    for _ in range(300):
+        rows = [draw.randrange(200) for _ in range(200)]
+        f1 = [
+            score_predictions([gold[i] for i in rows], [p[i] for i in rows], *arguments)
+            for p in (before, after)
+        ]
+        plain.append(f1[1]["weighted_f1"] - f1[0]["weighted_f1"])
+    plain.sort()
+    assert low == pytest.approx(plain[7], abs=1.5)
+    assert high == pytest.approx(plain[-8], abs=1.5)

@@ -18,10 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="run", help="a run folder")
     parser.add_argument("--show-text", action="store_true", help="show posts and all of the text")
-    parser.add_argument("--out", help="the file (one run: <run>/report.html; several: report.html)")
+    parser.add_argument(
+        "--out",
+        help="the file; without it <run>/report.html, of several runs ./report.html, and with "
+        "--show-text report_with_text.html, so that the page without text stays as it is",
+    )
     options = parser.parse_args(arguments)
-    alone = len(options.runs) == 1
-    out = options.out or (Path(options.runs[0]) / "report.html" if alone else "report.html")
+    folder = Path(options.runs[0]) if len(options.runs) == 1 else Path()
+    name = "report_with_text.html" if options.show_text else "report.html"
+    out = options.out or folder / name
     try:
         path = write(options.runs, out, show_text=options.show_text)
     except (ReportError, OSError) as error:

@@ -141,7 +141,7 @@ class Chart {
     const unit = this.spec.unit ? ` ${this.spec.unit}` : "";
     const alone = this.spec.series.length === 1;
     const text = rows.map(({ s, p }) => {
-      const value = short(p[1]) + (isNumber(p[2]) ? ` (${short(p[2])} to ${short(p[3])})` : "");
+      const value = short(p[1]) + (alone && isNumber(p[2]) ? ` (${short(p[2])} to ${short(p[3])})` : "");
       return alone ? value + unit : `${s.name} ${value}`;
     });
     const strip = this.spec.strip && near(this.spec.strip.points, at);
@@ -189,8 +189,12 @@ function metricChart(title, keys, keep, more) {
   const drawn = series.filter((s) => s.points.some((p) => isNumber(p[1])));
   return drawn.length ? new Chart({ title, series: drawn, ...more }) : null;
 }
+// parts of one thing: one chart of one run, a chart per part of several runs
+function together(title, keys, keep) {
+  return ONE ? metricChart(title, keys, keep) : keys.map(([key, name]) => metricChart(`${title}, ${name}`, [[key, name]], keep));
+}
 function addCharts(box, group, charts) {
-  const found = charts.filter(Boolean);
+  const found = charts.flat().filter(Boolean);
   if (!found.length) return null;
   for (const chart of found) group.add(chart);
   const grid = el("div", { class: "grid" }, found.map((chart) => chart.node));
@@ -262,8 +266,8 @@ function curvesSection() {
     metricChart("Train/rollout mismatch", [["mismatch", "mean |\u0394 logprob|"]], keep, { unit: "nats" }),
     metricChart("Completion length", [["completions/length", "tokens"]], keep, { unit: "tokens" }),
     metricChart("Loss", [["loss", "loss"]], keep),
-    metricChart("Tokens per second", speeds.length ? speeds : [["tokens_per_second", "whole step"]], keep),
-    metricChart("Seconds of a step", seconds, keep),
+    together("Tokens per second", speeds.length ? speeds : [["tokens_per_second", "whole step"]], keep),
+    together("Seconds of a step", seconds, keep),
   ]);
   group.draw();
   coldStart(box, keep);

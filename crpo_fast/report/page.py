@@ -45,7 +45,7 @@ def _run(run: RunFiles, name: str, show_text: bool, count: int) -> dict[str, Any
         run.notes.append(f"config.toml: the stages could not be read ({error}).")
         stages, tags = [], ()
     view = viewer.View(scores.labels_of(run.evaluations), tags, show_text)
-    points = MAX_POINTS if count == 1 else max(60, MAX_POINTS // count)
+    points = min(MAX_POINTS, max(60, 1600 // count))
     traces = viewer.samples(run.samples, view, viewer.BUDGET * 2 // 3 // count)
     probes = viewer.probes(run.samples, view, viewer.BUDGET // 3 // count)
     if run.samples and not traces["recorded"] and not probes["recorded"]:

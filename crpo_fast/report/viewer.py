@@ -135,7 +135,8 @@ def _prompt(answers: list[tuple[int, dict[str, Any], list[str]]]) -> dict[str, A
 
 
 def _changes(before: list[str], after: list[str]) -> list[list[int]]:
-    matcher = SequenceMatcher(None, before, after, autojunk=False)
+    is_long = len(after) > 400  # then frequent tokens may not anchor a match: quadratic otherwise
+    matcher = SequenceMatcher(None, before, after, autojunk=is_long)
     return [[i, j, k, m] for tag, i, j, k, m in matcher.get_opcodes() if tag != "equal"]
 
 
