@@ -124,6 +124,7 @@ def _metrics(step: int, steps: int, draw: random.Random) -> dict[str, Any]:
         f"seconds/{name}": base * (1 + draw.random() / 5)
         for name, base in (("rollout", 0.5), ("reward", 0.01), ("train", 0.9), ("other", 0.02))
     }
+    record["seconds/step"] = sum(v for k, v in record.items() if k.startswith("seconds/"))
     for k in range(len(STAGES)):
         record[f"stage_entropy/{k}"] = 0.5 / (k + 1) * (1 - 0.4 * share) + draw.random() / 50
         record[f"stage_coef/{k}"] = 0.06 * math.tanh(k + 1 - 3.5)

@@ -189,9 +189,14 @@ function metricChart(title, keys, keep, more) {
   const drawn = series.filter((s) => s.points.some((p) => isNumber(p[1])));
   return drawn.length ? new Chart({ title, series: drawn, ...more }) : null;
 }
+// of all seconds of the steps, those of one part
+function share(run, key, keep) {
+  const sum = (name) => points(run, name, keep).reduce((total, p) => total + (p[1] || 0), 0);
+  return sum(key) / Math.max(1e-9, sum("seconds/step"));
+}
 // parts of one thing: one chart of one run, a chart per part of several runs
-function together(title, keys, keep) {
-  return ONE ? metricChart(title, keys, keep) : keys.map(([key, name]) => metricChart(`${title}, ${name}`, [[key, name]], keep));
+function together(title, keys, keep, more) {
+  return ONE ? metricChart(title, keys, keep, more) : keys.map(([key, name]) => metricChart(`${title}, ${name}`, [[key, name]], keep));
 }
 function addCharts(box, group, charts) {
   const found = charts.flat().filter(Boolean);
@@ -230,7 +235,8 @@ function pressure(k, coefs, keep) {
   if (!tokens) return what;
   const reference = RUNS[0].reference_length;
   const scale = reference ? Math.min(1, tokens[1] / reference) : 1;
-  return `${what}; ${short(tokens[1])} tokens, \u03b2/|T| = ${short((last[1] * scale) / tokens[1])} each${reference ? ` (scaled by ${short(scale)}, reference_length ${reference})` : ""}`;
+  const brief = (x) => short(Number(x.toPrecision(2)));
+  return `${what}; ${brief(tokens[1])} tokens, \u03b2/|T| ${brief((last[1] * scale) / tokens[1])}${reference ? ` with reference_length ${reference}` : ""}`;
 }
 function scoreChart() {
   const series = RUNS.map((run, i) => ({
@@ -259,7 +265,7 @@ function curvesSection() {
   box.append(el("p", { class: "group-title" }, "Optimisation and speed"));
   const speeds = known.filter((n) => n.startsWith("tokens_per_second/")).map((n) => [n, n.slice(18)]);
   const seconds = known.filter((n) => n.startsWith("seconds/") && n !== "seconds/step").map((n) => [n, n.slice(8)])
-    .filter(([n]) => RUNS.some((run) => points(run, n, keep).some((p) => p[1] > 0)));
+    .filter(([n]) => RUNS.some((run) => share(run, n, keep) >= 0.01));
   addCharts(box, group, [
     metricChart("Clip fraction", [[known.includes("clip_fraction") ? "clip_fraction" : "is_clipped", "clipped"]], keep, { zero: true }),
     metricChart("Gradient norm", [["grad_norm", "norm"]], keep),
@@ -267,7 +273,7 @@ function curvesSection() {
     metricChart("Completion length", [["completions/length", "tokens"]], keep, { unit: "tokens" }),
     metricChart("Loss", [["loss", "loss"]], keep),
     together("Tokens per second", speeds.length ? speeds : [["tokens_per_second", "whole step"]], keep),
-    together("Seconds of a step", seconds, keep),
+    together("Seconds of a step", seconds, keep, { caption: "parts of less than 1 % are among the other metrics" }),
   ]);
   group.draw();
   coldStart(box, keep);
@@ -288,7 +294,7 @@ function coldStart(box, keep) {
 }
 // all metrics that have no chart above, drawn when they are asked for
 function otherCurves(box, keep, known, drawn) {
-  const rest = known.filter((n) => !drawn.has(n) && !/^stage_(entropy|coef|tokens|target)\//.test(n)).sort();
+  const rest = known.filter((n) => !drawn.has(n) && !(ONE ? /^stage_(entropy|coef|target)\// : /^stage_entropy\//).test(n)).sort();
   if (!rest.length) return;
   const inner = el("div", {});
   const details = el("details", {}, el("summary", {}, `All other metrics (${rest.length})`), inner);
