@@ -29,6 +29,7 @@ def write(runs: Sequence[str | Path], out: str | Path, *, show_text: bool = Fals
         ReportError: a folder is no run.
     """
     out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     html = render(page_data(runs, show_text=show_text))
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(html, encoding="utf-8")
