@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str]
 _ENGINES = {
-    "static": "one padded batch, its cache allocated once; the faster one on a CPU",
-    "hf": "continuous batching over a paged cache, for GPUs with flash attention",
+    "static": "one padded batch, fast on a CPU",
+    "hf": "continuous batching, for GPUs with flash attention",
 }
 _STAGE_TOKENS = 80  # the length of stage that the paper's magnitude suits
 
@@ -49,7 +49,7 @@ def rows(session: Session, folder: RunFolder, resume: Resume) -> list[Row]:
         ("model", _model(session)),
         ("parameters", _parameters(session)),
         ("ranks", _ranks(session)),
-        ("dtype", f"{config.model.compute_dtype} compute ({_asked(config)}), {_master(session)}"),
+        ("dtype", _dtype(session)),
         ("attention", f"{attention}: {why}"),
         ("loss", f"{choice}; {passes}"),
         ("rollouts", _rollouts(config)),
@@ -97,7 +97,7 @@ def _model(session: Session) -> str:
     config, model = session.config.model, session.policy.model
     text = model.config.get_text_config()
     tied = "tied" if text.tie_word_embeddings else "own"
-    source = config.path or "built here (model.build)"
+    source = config.path or "built here"
     return (
         f"{source}: {text.model_type}, {text.num_hidden_layers} layer(s), hidden "
         f"{text.hidden_size}, vocabulary {text.vocab_size:,}, {tied} head"
@@ -109,10 +109,7 @@ def _parameters(session: Session) -> str:
     count, trained = (sum(n for n, _, t in sizes if t or not only) for only in (False, True))
     share = "all trained" if trained == count else f"{_millions(trained)} trained"
     held = sum(n * item * (4 if t else 1) for n, item, t in sizes) / session.world.size
-    return (
-        f"{_millions(count)}, {share}; weights, gradients and AdamW's two moments take "
-        f"{held / 2**20:,.1f} MiB per rank"
-    )
+    return f"{_millions(count)}, {share}; {held / 2**20:,.1f} MiB a rank with gradients and AdamW"
 
 
 def _all(session: Session) -> list[torch.nn.Parameter]:
@@ -130,17 +127,15 @@ def _ranks(session: Session) -> str:
     return f"{world.size} on {world.device.type}, {torch.get_num_threads()} thread(s) each"
 
 
-def _asked(config: Config) -> str:
-    return "asked for by model.compute_dtype" if _differs(config) else "the default"
-
-
-def _differs(config: Config) -> bool:
-    return config.model.compute_dtype != type(config.model)().compute_dtype
-
-
-def _master(session: Session) -> str:
+def _dtype(session: Session) -> str:
+    settings = session.config.model
+    asked = _asked("model.compute_dtype", settings.compute_dtype, type(settings)().compute_dtype)
     master = str(next(iter(_all(session))).dtype).removeprefix("torch.")
-    return f"{master} weights, gradients and optimizer"
+    return f"{settings.compute_dtype} compute ({asked}), {master} masters"
+
+
+def _asked(key: str, value: str, default: str) -> str:
+    return "the default" if value == default else f"asked for by {key}"
 
 
 def _loss_choice(session: Session) -> tuple[str, str]:
@@ -164,12 +159,13 @@ def _loss_choice(session: Session) -> tuple[str, str]:
 
 def _rollouts(config: Config) -> str:
     rollout = config.rollout
+    asked = _asked("rollout.engine", rollout.engine, type(rollout)().engine)
     if all(p.algorithm == "sft" for p in config.phases):
-        return f"{rollout.engine} engine, for evaluations alone"
+        return f"{rollout.engine} ({asked}), for evaluations alone"
     return (
-        f"{rollout.engine} engine: {_ENGINES[rollout.engine]}; {rollout.prompts_per_step} prompts "
-        f"x {rollout.group_size} samples, at most {rollout.max_tokens} tokens, temperature "
-        f"{rollout.temperature:g}"
+        f"{rollout.engine} ({asked}): {_ENGINES[rollout.engine]}; {rollout.prompts_per_step} "
+        f"prompts x {rollout.group_size} samples of up to {rollout.max_tokens} tokens, "
+        f"temperature {rollout.temperature:g}"
     )
 
 
