@@ -244,9 +244,8 @@ def reward_fault(mark: str, kind: str, status: int = 0, *arguments: str) -> Faul
             assert record["loss"] == 0  # no advantage without a reward
 
     allowed = ("--rewards.max_error_rate", "1") if status == 0 else ()
-    says = (
-        ("by_environment", kind.replace("_", " ")) if status == 0 else ("rewards.max_error_rate",)
-    )
+    counts = f"step 8: reward {kind} x 4, first: function by_environment"
+    says = ("rewards.max_error_rate",) if status else (counts,)
     name = f"reward: {kind}{', too many' if status else ''}"
     check = counted if status == 0 else lambda run_dir: None
     return Fault(name, reward(mark), status, says, (*allowed, *arguments), check)
