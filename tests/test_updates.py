@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import crpo_fast.policy
-from crpo_fast import distributed
+from crpo_fast import distributed, train
+from crpo_fast.config import ConfigError, parse_arguments
 from crpo_fast.distributed import World
 from crpo_fast.packing import Sequence
 from crpo_fast.updates import UpdatePlan
 from loop_cases import CASES, Case, errors, measure
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def alone() -> Iterator[World]:
     yield distributed.init(threads=1)
     distributed.shutdown()
@@ -67,3 +70,71 @@ def test_groups_are_split_alike_at_any_number_of_ranks() -> None:
     assert [firsts(ranks[0][m]) + firsts(ranks[1][m]) for m in (0, 1)] == one
     uneven = [firsts(part) for part in UpdatePlan(3, 3, 2).split(sequences[:4])]
     assert uneven == [[0, 1], [2, 3], []]  # dynamic sampling left two groups
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.updates_per_rollout", "0"], "train.updates_per_rollout: expected a positive"),
+        (["--train.minibatches", "-1"], "train.minibatches: expected 0"),
+        (
+            ["--train.updates_per_rollout", "3", "--train.minibatches", "2"],
+            "a divisor of train.updates_per_rollout = 3.*--train.updates_per_rollout 4",
+        ),
+        (
+            ["--train.updates_per_rollout", "3"],
+            "multiple of 3 minibatches.*got 16.*--rollout.prompts_per_step 18",
+        ),
+        (["--train.max_nonfinite", "0"], "train.max_nonfinite: expected a positive"),
+        (["--rollout.max_resamples", "0"], "rollout.max_resamples: expected a positive"),
+        (["--objective.rho_mode", "trunkate"], "Did you mean 'truncate'"),
+        (["--objective.rho_cap", "3"], "objective.rho_cap: expected objective.rho_mode with it"),
+        (["--objective.rho_mode", "mask", "--objective.rho_cap", "0.5"], "of at least 1, got 0.5"),
+        (
+            ["--objective.rho_mode", "truncate", "--objective.rho_floor", "0.5"],
+            "objective.rho_floor: expected objective.rho_mode mask",
+        ),
+        (
+            ["--objective.rho_mode", "mask", "--objective.rho_floor", "2"],
+            r"objective.rho_floor: expected a number in \[0, 1\]",
+        ),
+        (
+            ["--objective.rho_mode", "mask", "--rollout.top_p", "0.9"],
+            "the correction needs untruncated sampling.*--rollout.top_p 1",
+        ),
+    ],
+)
+def test_refusals(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_arguments(arguments)
+
+
+TINY = str(Path(__file__).with_name("tiny.toml"))
+EVERYTHING = [
+    *("--train.updates_per_rollout", "4", "--train.minibatches", "2", "--rollout.dynamic_sampling"),
+    *("--rollout.prompts_per_step", "4", "--rewards.functions", "faulty_rewards:length"),
+    *("--objective.rho_mode", "truncate", "--train.threads", "1"),
+]
+
+
+def test_a_run_with_all_of_it_resumes_bitwise(tmp_path: Path) -> None:
+    """Stopped in the middle of both phases, then continued: same weights and metrics."""
+
+    def finished(name: str, *caps: list[str]) -> tuple[list[dict], dict]:
+        for cap in (*caps, []):
+            assert train.main([TINY, "--run.dir", str(tmp_path / name), *EVERYTHING, *cap]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        timed = ("seconds", "tokens_per_second")
+        logged = [json.loads(line) for line in lines]
+        kept = [{k: v for k, v in r.items() if not k.startswith(timed)} for r in logged]
+        return kept, load_file(tmp_path / name / "final" / "model.safetensors")
+
+    metrics, weights = finished("whole")
+    trained = [r for r in metrics if r["phase"] == "crpo"]
+    assert [r["updates"] for r in trained] == [4] * 4
+    assert all(r["grad_norm"] > 0 and r["ratio"] != 1 for r in trained)
+    assert all(r["groups/sampled"] == 4 + r["groups/dropped"] for r in trained)
+    assert all(r["updates"] == 1 for r in metrics if r["phase"] == "sft")
+    again, found = finished("stopped", ["--train.max_steps", "2"])
+    assert again == metrics
+    assert all((found[k] == v).all() for k, v in weights.items())
