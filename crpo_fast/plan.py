@@ -142,7 +142,7 @@ def plan(
     for index, phase in enumerate(config.phases):
         with distributed.pretended(ranks) as world:
             rehearsal = Rehearsal(config, make_model, world, phase, lengths, device=device)
-            moments = rehearsal.moments(limit)
+            moments = [*rehearsal.start(is_first=index == 0), *rehearsal.moments(limit)]
             parameters = parameters_by_part(rehearsal.policy.model)
             count, tokens = rehearsal.micro_batches
             sequences = len(rehearsal.sequences())

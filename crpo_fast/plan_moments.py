@@ -143,6 +143,27 @@ class Rehearsal:
             copy = self.reference.model
             self.bytes.add([*copy.parameters(), *copy.buffers()], "KL reference")
 
+    def start(self, *, is_first: bool) -> list[Moment]:
+        """Before the steps: whole copies of the model, which are sharded in place.
+
+        On a CPU the reference is built in fp32, and cast before it is sharded.
+        """
+        model, parts = self.policy.model, self.bytes.live
+        count = sum(p.numel() for p in model.parameters())
+        item = DTYPES[self.config.model.compute_dtype].itemsize
+        master = max(4, item)
+        found = []
+        if is_first:
+            whole = {"weights, gathered": master * count}
+            found.append(Moment("start", whole, whole))
+        if self.reference is not None:
+            whole = (item if self.device == "cuda" else master) * count
+            sizes = {"weights, sharded": parts["weights, sharded"], "KL reference": whole}
+            if not is_first:  # the earlier phase's
+                sizes["optimizer"] = parts["optimizer"]
+            found.append(Moment("reference copy", sizes, sizes))
+        return found
+
     def moments(self, limit: int | None = None) -> list[Moment]:
         """All moments of a step, in their order; ``limit``: bytes of a GPU, or None."""
         found = []
@@ -156,6 +177,10 @@ class Rehearsal:
             found.append(self._forward_and_backward(batches))
             self.bytes.restart()
             found.append(self._moment("optimizer"))
+            for parameter in self.trainable:
+                parameter.grad = None
+            if is_static:
+                found.append(self._evaluation())
         return found
 
     def _policy(self, make_model: ModelMaker, dtype: torch.dtype, **options: Any) -> _FakePolicy:
@@ -203,12 +228,8 @@ class Rehearsal:
             largest = replace(largest, position_ids=positions[None])
         return [largest.with_vectors(**extra)] * min(2, len(batches))
 
-    def _rollout(self) -> Moment:
-        params = SamplingParams(max_tokens=self.lengths.completion, eos_ids=(0,))
-        rollout, prompt = self.config.rollout, self.lengths.prompt
-        params = replace(
-            params, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
-        )
+    def _generation(self, name: str, rows: int, group: int, params: SamplingParams) -> Moment:
+        """The engine static, with ``rows`` prompts of this rank."""
         share = sampling_bytes(params)
 
         def sampled(logits: Tensor) -> None:
@@ -218,13 +239,26 @@ class Rehearsal:
         engine = StaticEngine(self.policy.model, gathered=self.policy.gathered)
         engine.sync(self.policy.model, 0)
         prompts: list[tuple[int, ...]] = [
-            (i, *[0] * (prompt - 1 - (i == 0)))  # of two lengths, as they are padded
-            for i in range(rollout.prompts_per_step // self.world.size)
-            for _ in range(rollout.group_size)
+            (i, *[0] * (self.lengths.prompt - 1 - (i == 0)))  # of two lengths, as they are padded
+            for i in range(rows)
+            for _ in range(group)
         ]
         self.bytes.restart()
         engine.rehearse(prompts, params.max_tokens, sampled)
-        return self._moment("rollout", activations="rollouts")
+        return self._moment(name, activations="rollouts")
+
+    def _rollout(self) -> Moment:
+        rollout = self.config.rollout
+        params = SamplingParams(
+            self.lengths.completion, (0,), rollout.temperature, rollout.top_p, rollout.top_k
+        )
+        rows = rollout.prompts_per_step // self.world.size
+        return self._generation("rollout", rows, rollout.group_size, params)
+
+    def _evaluation(self) -> Moment:
+        settings = self.config.eval
+        params = SamplingParams(settings.max_tokens or self.lengths.completion, (0,), 0.0)
+        return self._generation("evaluation", settings.batch, 1, params)
 
     def _hf_rollout(self, limit: int | None) -> Moment:
         """The engine hf: gathered weights, its paged cache, and the logits of all rows.
@@ -242,7 +276,7 @@ class Rehearsal:
         width = width or settings.hidden_size // settings.num_attention_heads
         item = DTYPES[self.config.model.compute_dtype].itemsize
         token = 2 * settings.num_hidden_layers * heads * width * item
-        cache = rows * pages * page * token
+        cache = (rows * pages + 2) * page * token  # two for padding
         self.bytes.restart()
         with self.policy.gathered():
             held = sum(self.bytes.live.values())
@@ -286,9 +320,10 @@ class Rehearsal:
     def _moment(self, name: str, activations: str = "activations") -> Moment:
         """What was counted since the last restart; ``activations``: what to call them."""
         parts, most = +self.bytes.at_peak, +self.bytes.most
-        for counts in (parts, most):
-            size = counts.pop("activations", 0)
-            counts[activations] += size
+        if activations != "activations":  # two maxima at two times would add up to too much
+            parts[activations] += parts.pop("activations", 0)
+            most.pop("activations", 0)
+            most[activations] = parts[activations]
         return Moment(name, dict(+parts), dict(+most))
 
 

@@ -85,6 +85,32 @@ def test_a_plan_for_two_ranks_is_what_two_ranks_need(tmp_path):
     assert found.parts()["weights, sharded"] >= second["weights"]
 
 
+def test_the_cache_of_the_engine_hf_is_as_planned(monkeypatch):
+    from transformers.generation.continuous_batching import cache as paged
+
+    from crpo_fast.batch import SamplingParams
+    from crpo_fast.rollout.hf import HFEngine
+    from crpo_fast.session import built_model
+
+    settings = ["--rollout.engine", "hf", "--model.compute_dtype", "float32"]
+    config = parse_arguments([CONFIG, *settings])
+    sizes, plain = [], paged.PagedAttentionCache.__init__
+
+    def recorded(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        sizes.append(self.cache_tensor.nbytes)
+
+    monkeypatch.setattr(paged.PagedAttentionCache, "__init__", recorded)
+    engine = HFEngine(built_model(config, 6000, "sdpa"))
+    engine.sync(engine._model, 0)
+    prompts = [[1 + i] * PROMPT for i in range(config.rollout.prompts_per_step)]
+    params = SamplingParams(COMPLETION, (0, *range(5, 6000, 2)))  # ends soon: only sizes matter
+    engine.generate(prompts, config.rollout.group_size, params, seed=0)
+    rollout = next(m for m in plan.plan(config).phases[0].moments if m.name == "rollout")
+    logits = 2 * 16 * 6000 * 4
+    assert rollout.parts["rollouts"] - logits == pytest.approx(sizes[0], rel=0.02)
+
+
 def test_numbers_of_parameters_by_part():
     found = plan.plan(parse_arguments([CONFIG])).parameters
     layer = {"attention": 192 * (192 + 96 + 96) + 192 * 192, "mlp": 3 * 192 * 512}
