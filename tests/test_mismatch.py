@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,3 +40,41 @@ def test_other_weights_in_the_engine_stop_the_run(
     wide = ["--run.resume", "never", "--rollout.top_p", "0.6", "--rollout.max_mismatch", "0.2"]
     assert train.main([*arguments, *wide]) == 0  # 0.2 + |log 0.6| = 0.71
     assert torch.distributed.is_initialized() is False
+
+
+@pytest.mark.parametrize(
+    ("mode", "cut", "rho"), [([], 0.0, 1.0), (["truncate"], 1.0, 1.2), (["mask"], 1.0, 0.0)]
+)
+def test_metrics_of_an_engine_that_is_off_by_a_known_amount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: list[str], cut: float, rho: float
+) -> None:
+    """Its logprobs are too small by .3 nats: every rho is e^.3, in all updates of a rollout."""
+    generate = StaticEngine.generate
+
+    def shifted(self: StaticEngine, *args: Any, **kwargs: Any) -> list[RolloutGroup]:
+        groups = generate(self, *args, **kwargs)
+        for sample in (s for g in groups for s in g.samples):
+            sample.logprobs[:] = [x - 0.3 for x in sample.logprobs]
+        return groups
+
+    monkeypatch.setattr(StaticEngine, "generate", shifted)
+    correction = ["--objective.rho_mode", *mode, "--objective.rho_cap", "1.2"] if mode else []
+    settings = ["--rollout.max_mismatch", "1", "--train.updates_per_rollout", "2"]
+    settings += ["--train.minibatches", "1", "--train.max_steps", "1", "--train.threads", "1"]
+    settings += ["--rewards.functions", "faulty_rewards:length"]
+    assert train.main([TINY, "--run.dir", str(tmp_path / "r"), *settings, *correction]) == 0
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    expected = {
+        "mismatch": 0.3,
+        "mismatch/max": 0.3,
+        "mismatch/kl": math.exp(0.3) - 1.3,
+        "rho/mean": math.exp(0.3),
+        "rho/min": math.exp(0.3),
+        "rho/max": math.exp(0.3),
+        "rho/ess": 1.0,
+        "rho/cut": cut,
+        "rho": rho,
+    }
+    assert {k: last[k] for k in expected} == pytest.approx(expected, abs=1e-5)
+    # of new and old: it moves with the update, unless every token is masked; rho does not move
+    assert (last["ratio"] != 1.0) == (rho > 0)

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import crpo_fast.policy
 from crpo_fast import distributed, train
 from crpo_fast.config import ConfigError, parse_arguments
 from crpo_fast.distributed import World
+from crpo_fast.loss import LossSpec, flat_vectors
 from crpo_fast.packing import Sequence
 from crpo_fast.updates import UpdatePlan
+from crpo_kernels import ObjectiveSpec
 from loop_cases import CASES, Case, errors, measure
 
 
@@ -138,3 +141,22 @@ def test_a_run_with_all_of_it_resumes_bitwise(tmp_path: Path) -> None:
     again, found = finished("stopped", ["--train.max_steps", "2"])
     assert again == metrics
     assert all((found[k] == v).all() for k, v in weights.items())
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
+def test_masked_completions_weigh_as_in_trl(aggregation: str) -> None:
+    """TRL's loss types grpo, dapo and dr_grpo, with the mask of a truncated completion at zero."""
+    lengths, max_length = [3, 0, 2, 4], 6  # the second was cut off
+    mask = torch.tensor([[float(t < n) for t in range(max_length)] for n in lengths])
+    loss = torch.arange(24.0).reshape(4, 6) ** 1.5
+    expected = {
+        "sequence_mean": ((loss * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean(),
+        "token_mean": (loss * mask).sum() / mask.sum().clamp(min=1),
+        "constant": (loss * mask).sum() / (4 * max_length),
+    }
+    sequences = [Sequence([1], [2] * n, [-1] * n, advantage=1.0) for n in lengths]
+    spec = LossSpec(ObjectiveSpec(), aggregation, (), max_length=max_length)
+    weights = flat_vectors(sequences, spec, all_sum=lambda x: x)["token_weights"]
+    assert weights is not None
+    flat = torch.cat([row[:n] for row, n in zip(loss, lengths, strict=True)])
+    assert float((weights * flat).sum()) == pytest.approx(float(expected[aggregation]))
