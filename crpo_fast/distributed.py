@@ -38,6 +38,8 @@ from torch.distributed.tensor import DTensor
 
 from crpo_fast.timing import exchange
 
+BackendError = dist.DistError  # of a store or a collective of NCCL; gloo raises RuntimeError
+
 
 @dataclass(frozen=True)
 class World:

@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 
-from crpo_fast import timing
+from crpo_fast import distributed, timing
+from crpo_fast.distributed import BackendError
 
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|timeout|nccl|gloo", re.I
@@ -55,7 +55,7 @@ class Peers:
         me = psutil.Process()
         self._store.set(f"crpo/peer/{self.rank}", _identity(me))
         self._tell()
-        dist.barrier()
+        distributed.barrier()
         for rank in range(self.size):
             host, pid, created = self._store.get(f"crpo/peer/{rank}").decode().split(" ")
             if rank != self.rank and host == socket.gethostname() and psutil.pid_exists(int(pid)):
@@ -100,14 +100,14 @@ class Peers:
             return self._speaks
         try:
             return self._store.add("crpo/said", 1) == 1
-        except dist.DistError:  # the store died with its host: better twice than never
+        except BackendError:  # the store died with its host: better twice than never
             return True
 
     def lost(self, error: BaseException) -> bool:
         """Is ``error`` how the death or the silence of another rank shows here?"""
         if self.size == 1 or not isinstance(error, RuntimeError):
             return False
-        return isinstance(error, dist.DistError) or bool(_LOST.search(str(error)))
+        return isinstance(error, BackendError) or bool(_LOST.search(str(error)))
 
     def describe(self, error: BaseException | None = None) -> str:
         """The message for a lost rank: who is gone, who was doing what, what to do."""
@@ -147,7 +147,7 @@ class Peers:
             try:
                 if rank != self.rank and self._store.check([f"crpo/doing/{rank}"]):
                     found[rank] = self._store.get(f"crpo/doing/{rank}").decode()
-            except dist.DistError:  # the store died with its host
+            except BackendError:  # the store died with its host
                 found[rank] = "an unknown place"
         return dict(sorted(found.items()))
 
@@ -163,7 +163,7 @@ class Peers:
                 try:
                     told = self._tell() if timing.where(timing.activity()) != told else told
                     continue
-                except dist.DistError:  # the store is gone, and its host with it
+                except BackendError:  # the store is gone, and its host with it
                     pass
             # the dying rank, or a collective of this one, may speak better: let them
             if self._end.wait(2.0):
