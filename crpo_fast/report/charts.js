@@ -119,7 +119,7 @@ class Chart {
     const over = ends.length ? ends[ends.length - 1].y - (TOP + PLOT + 6) : 0;
     if (over > 0) ends.forEach((e) => { e.y -= over; });
     for (const e of ends) {
-      this.svg.append(sv("text", { class: "lab", x: W - this.right + 6, y: e.y, style: `fill:${e.s.color}` }, e.s.name.length > 12 ? e.s.name.slice(0, 11) + "\u2026" : e.s.name, sv("title", {}, e.s.name)));
+      this.svg.append(sv("text", { class: "lab", x: W - this.right + 6, y: e.y, style: `fill:color-mix(in srgb, ${e.s.color} 72%, var(--ink))` }, e.s.name.length > 12 ? e.s.name.slice(0, 11) + "\u2026" : e.s.name, sv("title", {}, e.s.name)));
     }
   }
   describe() {

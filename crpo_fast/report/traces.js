@@ -85,7 +85,8 @@ function tokenBox(run, record, label, full, changes, before) {
   const rows = segments(record).map((row) => {
     const k = row.stage, isAnswer = k < 0 && row.items.some((i) => /answer/.test(record.tokens[i]));
     const name = k >= 0 ? [el("i", {}, k + 1), stageName(run, k)] : isAnswer ? "answer" : "no stage";
-    return el("div", { class: `seg ${k >= 0 ? `k${k % 8}` : ""}` }, el("div", { class: "lbl" }, name), el("div", { class: "txt" }, row.items.map((i, n) => make(i, row.stages[n]))));
+    const spoken = k >= 0 ? stageName(run, k) : isAnswer ? "answer" : "no stage";
+    return el("div", { class: `seg ${k >= 0 ? `k${k % 8}` : ""}`, role: "group", "aria-label": spoken }, el("div", { class: "lbl", "aria-hidden": "true" }, name), el("div", { class: "txt", role: "presentation" }, row.items.map((i, n) => make(i, row.stages[n]))));
   });
   const tail = removed(record.tokens.length);
   if (tail) rows.push(el("div", { class: "seg" }, el("div", { class: "lbl" }, ""), el("div", { class: "txt" }, tail)));
