@@ -155,7 +155,7 @@ def test_tokens_by_hover_tap_and_keys(opened: Page, run500: Path) -> None:
         token.tap()
     else:
         token.hover()
-    assert tip.is_visible()
+    tip.wait_for(state="visible")  # scrolling to the token may be smooth
     text = tip.inner_text()
     assert f"{last[0]['entropy'][3]:.3f}" in text
     assert f"{abs(last[0]['logprobs'][3]):.3f}" in text
@@ -165,7 +165,7 @@ def test_tokens_by_hover_tap_and_keys(opened: Page, run500: Path) -> None:
     box.focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    assert tip.is_visible()
+    tip.wait_for(state="visible")  # scrolling to the token may be smooth
     assert f"{last[1]['entropy'][1]:.3f}" in tip.inner_text()
     active = box.get_attribute("aria-activedescendant")
     assert page.locator(f"[id='{active}']").inner_text().strip() == last[1]["tokens"][1].strip()

@@ -196,5 +196,6 @@ function tracesSection() {
 document.addEventListener("scroll", () => {
   if (!owner) return;
   const { top, bottom } = owner.getBoundingClientRect();
-  if (!owner.isConnected || bottom < 0 || top > innerHeight) hideTip(); else placeTip();
+  tip.hidden = !owner.isConnected || bottom < 0 || top > innerHeight; // it comes back with its token
+  if (!tip.hidden) placeTip();
 }, { passive: true });
