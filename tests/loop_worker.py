@@ -11,7 +11,9 @@ import torch
 
 from crpo_fast import distributed
 from crpo_fast import policy as policies
+from crpo_fast.batch import SamplingParams
 from crpo_fast.distributed import World
+from crpo_fast.rollout.static import StaticEngine
 from crpo_fast.step import micro_batches
 from crpo_fast.updates import run_updates
 from entropy_cases import controlled
@@ -60,12 +62,23 @@ def dynamic(world: World) -> dict[str, Any]:
     return {"prompts": prompts, "metrics": metrics, "calls": engine.calls}
 
 
+def without_prompts(world: World) -> list[int]:
+    """Generation gathers a sharded model: a rank without a prompt has to take part in it."""
+    model = make_model(True, torch.float32)
+    policy = policies.create(model, world, compute_dtype=torch.float32)
+    engine = StaticEngine(policy.model, gathered=policy.gathered)
+    engine.sync(policy.model, 0)
+    prompts = [[[2, 3], [4]], []][world.rank]
+    return [len(g.samples) for g in engine.generate(prompts, 2, SamplingParams(3, (1,)), 5)]
+
+
 def main(out: Path) -> None:
     world = distributed.init(threads=1)
     results = {
         "updates": {case.name: errors(case, world, out.parent) for case in CASES},
         "not_finite": distributed.all_gather(not_finite(world, out.parent), world),
         "dynamic": distributed.all_gather(dynamic(world), world),
+        "without_prompts": distributed.all_gather(without_prompts(world), world),
         "entropy": distributed.all_gather(controlled(world, out.parent), world),
     }
     if world.is_main:

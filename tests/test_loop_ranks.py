@@ -81,6 +81,10 @@ def test_ranks_agree_on_the_rounds_of_dynamic_sampling(results: dict[str, Any]) 
     assert counts["groups/missing"] == 2 - len(second["prompts"])
 
 
+def test_a_rank_without_prompts_joins_the_generation(results: dict[str, Any]) -> None:
+    assert results["without_prompts"] == [[2, 2], []]
+
+
 def test_the_dual_controller_does_the_same_at_two_ranks(
     results: dict[str, Any], tmp_path: Path
 ) -> None:
