@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -325,10 +325,10 @@ def collected(
         options = {"seed": 7, "step": 3, "round_": round_, "rank": rank, "world_size": size}
         return [rows[i] for i in further_rows(len(rows), chosen, share=share, **options)][:count]
 
-    engine = ScriptedEngine()
+    engine, task = ScriptedEngine(), ScriptedTask()
     batch = collect(
-        ScriptedTask(),
-        engine,
+        cast(Any, task),
+        cast(Any, engine),
         [rows[i] for i in chosen[rank * share :][:share]],
         group_size=3,
         params=SamplingParams(4, (0,)),

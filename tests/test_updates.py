@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_extra_passes_are_made_for_later_minibatches_alone(
     calls = []
     logprobs = crpo_fast.policy.Policy.logprobs
 
-    def counted(self: crpo_fast.policy.Policy, *args: object, **kwargs: object) -> object:
+    def counted(self: crpo_fast.policy.Policy, *args: Any, **kwargs: Any) -> Any:
         calls.append(next(self.model.parameters()).requires_grad)
         return logprobs(self, *args, **kwargs)
 
