@@ -103,8 +103,9 @@ def one_case(case: Case, world: World, name: str) -> dict[str, Any]:
     batches = make_batches(case, policy, make_reference(case, world, dtype))
     trained = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0)
+    grads: dict[str, Tensor] = {}  # seen just before the update, which drops them
+    optimizer.register_step_pre_hook(lambda *_: grads.update(grads_of(policy)))
     update = optimizer_step(policy, optimizer, batches, case.spec, max_grad_norm=1e9)
-    grads = grads_of(policy)
     rows = distributed.all_gather([b.labels.numel() for b in batches], world)
     result: dict[str, Any] = {"dtype": name, "metrics": update.metrics(), "rows": rows}
     if world.is_main:

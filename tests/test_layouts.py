@@ -36,15 +36,25 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Number of ranks -> (results.json, folder of everything else)."""
 
     @functools.cache
-    def start(ranks: int) -> tuple[dict[str, Any], Path]:
+    def start(ranks: int) -> tuple[str, Path]:
+        """(error or nothing, folder); a start that failed is not tried again by the next test."""
         out = tmp_path_factory.mktemp(f"ranks_{ranks}")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*launcher, f"--nproc_per_node={ranks}", str(WORKER), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired as error:
+            return f"{error}: does a rank wait for another one?", out
+        ours = [line for line in done.stderr.splitlines() if "rank" in line]
+        report = "\n".join([f"exit status {done.returncode}", *ours[-40:]])
+        return report if done.returncode else "", out
+
+    def read(ranks: int) -> tuple[dict[str, Any], Path]:
+        error, out = start(ranks)
+        assert not error, error
         return json.loads((out / "results.json").read_text()), out
 
-    return start
+    return read
 
 
 def close(got: float, want: float, bound: float) -> bool:
