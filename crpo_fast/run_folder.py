@@ -17,6 +17,7 @@ import tomli_w
 
 from crpo_fast import checkpoint, distributed
 from crpo_fast.checkpoint import CheckpointError, Progress
+from crpo_fast.checkpoint_files import write_text
 from crpo_fast.config import Config, ConfigError, to_dict
 from crpo_fast.console import notice
 from crpo_fast.distributed import World
@@ -165,18 +166,18 @@ def _prepare(config: Config, folder: RunFolder, lock: RunLock) -> Opened:
     saved = folder.path / "config.toml"
     if saved.exists():
         _refuse_other_config(config, saved)
-    elif any(p.name != "lock" for p in folder.path.iterdir()):
+    elif any(p.name not in ("lock", "config.toml.tmp") for p in folder.path.iterdir()):
         raise ConfigError(
             f"run.dir: expected an empty folder or a run, got {folder.path} with other files in "
             "it. Type --run.dir <new folder>."
         )
-    folder.checkpoints.mkdir(exist_ok=True)
     checkpoint.tidy(folder.checkpoints)
     resume, summary = resume_point(config, folder), folder.summary()
     goes_back = config.run.resume != "auto" and resume.is_own
     if summary and summary["phase_steps"] == phase_lengths(config) and not goes_back:
         return Opened(folder, resume, summary, lock)
-    saved.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    write_text(saved, tomli_w.dumps(to_dict(config)))
+    folder.checkpoints.mkdir(exist_ok=True)
     (folder.path / "summary.json").unlink(missing_ok=True)  # it is not finished any more
     if resume.other_way:
         names = ", ".join(p.name for p in resume.other_way)
@@ -254,6 +255,8 @@ def resume_point(config: Config, folder: RunFolder) -> Resume:
             notice(f"skipping {path}: {error.why}")
         else:
             return replace(resume, other_way=tuple(other_way), is_own=True)
+    if len(checkpoint.listed(folder.checkpoints)) > len(other_way):
+        notice(f"no whole checkpoint is left in {folder.checkpoints}: starting from the beginning")
     return Resume(Progress(), other_way=tuple(other_way))
 
 

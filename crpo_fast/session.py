@@ -12,6 +12,7 @@ import torch
 from crpo_fast import distributed, models
 from crpo_fast import policy as policies
 from crpo_fast.batch import SamplingParams
+from crpo_fast.checkpoint_files import whole_folder
 from crpo_fast.config import Config, ConfigError
 from crpo_fast.distributed import World
 from crpo_fast.policy import Policy
@@ -130,7 +131,8 @@ def _source(
         ), tokenizer
     folder = run_dir / "tokenizer"
     if not folder.exists():
-        _train_tokenizer(config, rows).save_pretrained(folder)
+        with whole_folder(folder) as temporary:
+            _train_tokenizer(config, rows).save_pretrained(temporary)
     tokenizer = models.load_tokenizer(folder)
 
     def make() -> Any:

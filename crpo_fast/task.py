@@ -13,6 +13,7 @@ from typing import Any
 
 from crpo_fast import data, rewards, synthetic
 from crpo_fast.batch import Row
+from crpo_fast.checkpoint_files import whole_folder
 from crpo_fast.config import Config, ConfigError
 from crpo_fast.packing import Sequence
 from crpo_fast.prompts import build_prompt, encode_completion
@@ -58,16 +59,17 @@ def load_rows(config: Config, run_dir: Path, *, write: bool) -> Rows:
         root = run_dir / "data"
         if write and not root.exists():
             sizes = settings.synthetic
-            synthetic.write_corpus(
-                root,
-                seed=config.seed,
-                train=sizes.train,
-                val=sizes.val,
-                test=sizes.test,
-                cold_start=sizes.cold_start,
-                bias=sizes.bias,
-                conflict=sizes.conflict,
-            )
+            with whole_folder(root) as folder:
+                synthetic.write_corpus(
+                    folder,
+                    seed=config.seed,
+                    train=sizes.train,
+                    val=sizes.val,
+                    test=sizes.test,
+                    cold_start=sizes.cold_start,
+                    bias=sizes.bias,
+                    conflict=sizes.conflict,
+                )
     names = settings.datasets or None
     return Rows(
         train=data.load_official(root, "train", names),

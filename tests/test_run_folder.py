@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from crpo_fast import checkpoint, checkpoint_files, phases, results, train
@@ -385,3 +386,50 @@ def test_a_run_of_another_folder_is_a_start_for_this_one(
     assert "step_5 (step 5)" in capsys.readouterr().out
     files = [(tmp_path / r / "final" / "model.safetensors").read_bytes() for r in ("a", "b")]
     assert files[0] == files[1]
+
+
+def test_a_start_that_was_killed_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the config, the corpus or the tokenizer is written, or refused at once."""
+    run_dir, whole = tmp_path / "r", tmp_path / "whole"
+    assert run(whole, "--train.max_steps", "1") == 0
+    assert run(run_dir, "--run.resume", str(whole / "checkpoints" / "step_9")) == 2
+    assert list(run_dir.iterdir()) == []
+    for name in ("lock", "config.toml.tmp"):
+        (run_dir / name).write_text("half")
+    for part in ("data", "tokenizer"):
+
+        def killed(*_: Any, part: str = part) -> None:
+            raise KeyboardInterrupt(part)
+
+        monkeypatch.setattr("crpo_fast.checkpoint_files.os.replace", real_replace(part, killed))
+        with pytest.raises(KeyboardInterrupt, match=part):
+            run(run_dir, "--train.max_steps", "1")
+        torch.distributed.destroy_process_group()
+        monkeypatch.undo()
+        assert (run_dir / f"{part}.tmp").is_dir()
+    assert run(run_dir, "--train.max_steps", "1") == 0
+    files = [(r / "final" / "model.safetensors").read_bytes() for r in (run_dir, whole)]
+    assert files[0] == files[1]
+    assert not list(run_dir.glob("*.tmp"))
+
+
+def real_replace(part: str, killed: Any) -> Any:
+    real = os.replace
+    return lambda a, b: killed() if Path(b).name == part else real(a, b)
+
+
+def test_without_any_whole_checkpoint_a_line_says_that_it_starts_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "r"
+    assert run(run_dir, "--train.max_steps", "1") == 0
+    for state in run_dir.rglob("state.json"):
+        state.write_text("{}")
+    (run_dir / "summary.json").unlink()
+    metrics = logged(run_dir)
+    capsys.readouterr()
+    assert run(run_dir, "--train.max_steps", "1") == 0
+    assert "no whole checkpoint is left in " in capsys.readouterr().out
+    assert logged(run_dir) == metrics
