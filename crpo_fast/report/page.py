@@ -15,9 +15,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from crpo_fast.report import scores, viewer
 from crpo_fast.report.curves import MAX_POINTS, curves, totals
 from crpo_fast.report.folder import RunFiles, config_differences, grammar_of, read_run
+from crpo_fast.report.scores import confusions, history, labels_of, table
+from crpo_fast.report.viewer import BUDGET, View, probes, samples
 
 _SCRIPTS = ("core.js", "charts.js", "tables.js", "traces.js", "main.js")
 
@@ -44,11 +45,11 @@ def _run(run: RunFiles, name: str, show_text: bool, count: int) -> dict[str, Any
     except (KeyError, TypeError, ValueError) as error:
         run.notes.append(f"config.toml: the stages could not be read ({error}).")
         stages, tags = [], ()
-    view = viewer.View(scores.labels_of(run.evaluations), tags, show_text)
+    view = View(labels_of(run.evaluations), tags, show_text)
     points = min(MAX_POINTS, max(60, 1600 // count))
-    traces = viewer.samples(run.samples, view, viewer.BUDGET * 2 // 3 // count)
-    probes = viewer.probes(run.samples, view, viewer.BUDGET // 3 // count)
-    if run.samples and not traces["recorded"] and not probes["recorded"]:
+    traced = samples(run.samples, view, BUDGET * 2 // 3 // count)
+    probed = probes(run.samples, view, BUDGET // 3 // count)
+    if run.samples and not traced["recorded"] and not probed["recorded"]:
         run.notes.append("samples.jsonl holds no per-token records (report.trace_every = 0?).")
     return {
         "name": name,
@@ -62,13 +63,13 @@ def _run(run: RunFiles, name: str, show_text: bool, count: int) -> dict[str, Any
         "reference_length": run.config.get("entropy", {}).get("reference_length"),
         "config": config_differences(run.config) if run.config else [],
         "starts": run.starts,
-        "table": scores.table(run.evaluations),
-        "history": scores.history(run.evaluations),
-        "confusions": scores.confusions(run.evaluations),
+        "table": table(run.evaluations),
+        "history": history(run.evaluations),
+        "confusions": confusions(run.evaluations),
         "curves": curves(run.metrics, points),
         "totals": totals(run.metrics),
-        "traces": traces,
-        "probes": probes,
+        "traces": traced,
+        "probes": probed,
         "notes": run.notes,
     }
 
