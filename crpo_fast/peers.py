@@ -46,6 +46,7 @@ class Peers:
         self.rank, self.size, self.timeout = rank or 0, size, timeout
         self._store = store
         self._end = threading.Event()
+        self._thread: threading.Thread | None = None
         self._processes: dict[int, psutil.Process] = {}
 
     def watch(self) -> None:
@@ -62,11 +63,14 @@ class Peers:
                 process = psutil.Process(int(pid))
                 if _identity(process).endswith(f" {created}"):  # else: another process namespace
                     self._processes[rank] = process
-        threading.Thread(target=self._run, name="crpo-peers", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="crpo-peers", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """From now on the others may leave."""
         self._end.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10.0)  # it may be talking to the store
 
     def refuse(self, error: Exception, status: int) -> int:
         """Print an error that ends the run; returns ``status``."""
