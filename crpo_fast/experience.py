@@ -85,6 +85,7 @@ def collect(
     mask_truncated: bool = False,
     resampling: Resampling | None = None,
     num_traced: int = 0,
+    first: int = 0,
 ) -> Experience:
     """Sample ``group_size`` completions per row and turn them into sequences with advantages.
 
@@ -94,22 +95,25 @@ def collect(
         rows: this rank's rows; groups never cross ranks.
         group_size: completions per prompt.
         params: of the sampling.
-        seed: of the sampling, a function of the run's seed, the step and the rank.
+        seed: of the sampling, a function of the run's seed and the step.
         scale: of the advantages.
         all_rewards: this rank's rewards -> those of all ranks; called by ``batch_std`` alone.
         mask_truncated: a completion without an end token keeps its place and its reward in its
             group, but is an empty one in the loss.
         resampling: replaces groups without reward variance; None: they stay.
         num_traced: completions whose tokens are recorded.
+        first: position of the first row among those of all ranks.
     """
     sums, errors = Sums(), {}
-    batch = _sample(task, engine, rows, group_size, params, seed, sums, errors)
+    batch = _sample(task, engine, rows, group_size, params, (seed, first), sums, errors)
     if resampling is not None:
         batch = _replace(
             batch,
             resampling,
             sums,
-            lambda rows, seed: _sample(task, engine, rows, group_size, params, seed, sums, errors),
+            lambda rows, seed: _sample(
+                task, engine, rows, group_size, params, (seed, 0), sums, errors
+            ),
         )
     repeated = [row for row in batch.rows for _ in range(group_size)]
     weights = None
@@ -133,14 +137,14 @@ def _sample(
     rows: list[Row],
     group_size: int,
     params: SamplingParams,
-    seed: int,
+    stream: tuple[int, int],  # seed and first of ``Engine.generate``
     sums: Sums,
     errors: dict[str, Any],
 ) -> Scored:
     """One round of sampling and scoring, with its metrics; ``rows`` may be empty."""
     prompts = [task.prompt(row) for row in rows]
     with timer("generation"):
-        groups = engine.generate([ids for ids, _ in prompts], group_size, params, seed)
+        groups = engine.generate([ids for ids, _ in prompts], group_size, params, *stream)
     if not rows:  # the call was for the other ranks
         return Scored([], [], [], [], {})
     repeated = [row for row in rows for _ in range(group_size)]

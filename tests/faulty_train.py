@@ -1,6 +1,6 @@
 """crpo_fast/train.py with one fault injected: python faulty_train.py <fault> <rank> <arguments...>.
 
-The fault hits the given rank in the rollout of step 6 of tiny.toml, ``<fault>@forward`` in the
+The fault hits the given rank in the rollout of step 8 of tiny.toml, ``<fault>@forward`` in the
 training pass of step 4.
 """
 

@@ -54,10 +54,15 @@ class Replay:
         self.rows = {tuple(task.prompt(r)[0]): r for r in (*task.rows.train, *task.rows.test)}
 
     def generate(
-        self, prompt_ids: list[list[int]], group_size: int, params: SamplingParams, seed: int
+        self,
+        prompt_ids: list[list[int]],
+        group_size: int,
+        params: SamplingParams,
+        seed: int,
+        first: int = 0,
     ) -> list[RolloutGroup]:
-        """``seed``, which depends on the rank, is not used."""
-        del seed
+        """``seed`` and ``first`` are not used."""
+        del seed, first
         return [
             RolloutGroup(ids, [self.sample(ids, i, params) for i in range(group_size)])
             for ids in prompt_ids

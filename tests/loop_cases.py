@@ -269,7 +269,12 @@ class ScriptedEngine:
         self.calls: list[tuple[list[list[int]], int]] = []
 
     def generate(
-        self, prompt_ids: list[list[int]], group_size: int, params: SamplingParams, seed: int
+        self,
+        prompt_ids: list[list[int]],
+        group_size: int,
+        params: SamplingParams,
+        seed: int,
+        first: int = 0,
     ) -> list[RolloutGroup]:
         self.calls.append((prompt_ids, seed))
         samples = [Sample([g], [-1.0], "stop" if g else "length", 0) for g in range(group_size)]

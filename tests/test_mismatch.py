@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crpo_fast import train
-from crpo_fast.batch import RolloutGroup, SamplingParams
+from crpo_fast.batch import RolloutGroup
 from crpo_fast.rollout.static import StaticEngine
 
 TINY = str(Path(__file__).with_name("tiny.toml"))
@@ -22,10 +22,8 @@ def test_other_weights_in_the_engine_stop_the_run(
 ) -> None:
     generate = StaticEngine.generate
 
-    def from_other_weights(
-        self: StaticEngine, ids: list[list[int]], size: int, params: SamplingParams, seed: int
-    ) -> list[RolloutGroup]:
-        groups = generate(self, ids, size, params, seed)
+    def from_other_weights(self: StaticEngine, *args: Any, **kwargs: Any) -> list[RolloutGroup]:
+        groups = generate(self, *args, **kwargs)
         for sample in (s for g in groups for s in g.samples):
             sample.logprobs[:] = [x - 0.5 for x in sample.logprobs]
         return groups

@@ -335,6 +335,22 @@ def test_static_samples_do_not_depend_on_the_chunks(model):
     assert largest_error(model, chunks, 1.0) < 1e-5
 
 
+def test_static_samples_do_not_depend_on_the_ranks(model):
+    whole = synced(StaticEngine, model).generate(PROMPTS, 5, PARAMS, seed=0)
+    parts = [
+        synced(StaticEngine, model).generate(PROMPTS[start:end], 5, PARAMS, seed=0, first=start)
+        for start, end in ((0, 1), (1, 3), (3, None))
+    ]
+    assert tokens(whole) == tokens([group for part in parts for group in part])
+
+
+@pytest.mark.parametrize("engine_class", ENGINES)
+def test_other_positions_have_other_random_numbers(engine_class, model):
+    engine = synced(engine_class, model)
+    here, there = (engine.generate(PROMPTS, 3, PARAMS, seed=0, first=n) for n in (0, 64))
+    assert tokens(here) != tokens(there)
+
+
 def test_static_buffers_grow(model):
     params = SamplingParams(80, ())
     groups = synced(StaticEngine, model).generate(PROMPTS, 2, params, seed=0)

@@ -35,6 +35,7 @@ class Engine(Protocol):
         group_size: int,
         params: SamplingParams,
         seed: int,
+        first: int = 0,
     ) -> list[RolloutGroup]:
         """Samples ``group_size`` completions of every prompt; groups come in the prompts' order.
 
@@ -48,7 +49,9 @@ class Engine(Protocol):
             prompt_ids: token ids of each prompt, at least one.
             group_size: samples of one prompt.
             params: temperature 0 decodes greedily and needs ``group_size`` 1.
-            seed: in [0, 2^63).
+            seed: in [0, 2^63), the same on all ranks.
+            first: position of the first prompt among those of all ranks. Equal positions may have
+                equal random numbers, other positions have others.
 
         Raises:
             ValueError: an argument is out of range.

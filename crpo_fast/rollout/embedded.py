@@ -65,7 +65,12 @@ class EmbeddedEngine(ABC):
         self._model = None
 
     def generate(
-        self, prompt_ids: list[list[int]], group_size: int, params: SamplingParams, seed: int
+        self,
+        prompt_ids: list[list[int]],
+        group_size: int,
+        params: SamplingParams,
+        seed: int,
+        first: int = 0,
     ) -> list[RolloutGroup]:
         """See ``Engine.generate``."""
         check_request(prompt_ids, group_size, params, seed)
@@ -78,7 +83,7 @@ class EmbeddedEngine(ABC):
         with self._prepared():  # a collective, which a rank without prompts takes part in
             if not prompt_ids:
                 return []
-            completions = self._complete(prompt_ids, group_size, params, seed)
+            completions = self._complete(prompt_ids, group_size, params, seed, first)
         expected = len(prompt_ids) * group_size
         if len(completions) != expected:
             raise RolloutError(
@@ -93,7 +98,12 @@ class EmbeddedEngine(ABC):
 
     @abstractmethod
     def _complete(
-        self, prompt_ids: list[list[int]], group_size: int, params: SamplingParams, seed: int
+        self,
+        prompt_ids: list[list[int]],
+        group_size: int,
+        params: SamplingParams,
+        seed: int,
+        first: int,
     ) -> list[Completion]:
         """All completions: prompt by prompt, the samples of one prompt side by side."""
 

@@ -22,6 +22,8 @@ from crpo_fast.rollout.embedded import Completion, EmbeddedEngine
 
 __all__ = ["HFEngine"]
 
+_STREAM = 0x9E3779B97F4A7C15  # odd: other positions give other seeds
+
 
 class HFEngine(EmbeddedEngine):
     """Generates with ``model.generate_batch``; see ``EmbeddedEngine`` for the other arguments.
@@ -60,8 +62,14 @@ class HFEngine(EmbeddedEngine):
         return 32 if device == "cpu" else 256
 
     def _complete(
-        self, prompt_ids: list[list[int]], group_size: int, params: SamplingParams, seed: int
+        self,
+        prompt_ids: list[list[int]],
+        group_size: int,
+        params: SamplingParams,
+        seed: int,
+        first: int,
     ) -> list[Completion]:
+        seed = (seed + first * _STREAM) % 2**63  # one stream for all rows of a call
         # a request is forked one token before the end of its prompt: one token is too short for it
         forks = group_size if min(map(len, prompt_ids)) > 1 else 1
         inputs = [list(ids) for ids in prompt_ids for _ in range(group_size // forks)]

@@ -35,7 +35,8 @@ class StaticEngine(EmbeddedEngine):
     """Generates with plain forwards; see ``EmbeddedEngine`` for the other arguments.
 
     Logprobs are of softmax(logits / temperature) also under top_p and top_k. Every row has random
-    numbers of its own: up to rounding, a sample does not depend on what shares its batch.
+    numbers of its own: up to rounding, a sample does not depend on what shares its batch, nor on
+    the number of ranks.
 
     Args:
         max_rows: sequences decoded at once; further ones follow chunk by chunk.
@@ -57,11 +58,17 @@ class StaticEngine(EmbeddedEngine):
         self._max_rows = max_rows
 
     def _complete(
-        self, prompt_ids: list[list[int]], group_size: int, params: SamplingParams, seed: int
+        self,
+        prompt_ids: list[list[int]],
+        group_size: int,
+        params: SamplingParams,
+        seed: int,
+        first: int,
     ) -> list[Completion]:
-        count = len(prompt_ids) * group_size
+        count, before = len(prompt_ids) * group_size, first * group_size
         generator = torch.Generator().manual_seed(seed)  # the same numbers on every device
-        uniforms = torch.rand(count, params.max_tokens, generator=generator)
+        # a row's numbers depend on its position among those of all ranks
+        uniforms = torch.rand(before + count, params.max_tokens, generator=generator)[before:]
         completions = [
             Completion(f"prompt {row // group_size}, sample {row % group_size}", [], [])
             for row in range(count)
