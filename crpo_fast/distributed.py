@@ -109,12 +109,11 @@ def shutdown(*, together: bool = True) -> None:
 
     Args:
         together: wait for the others first; without that some ranks abort at exit while others
-            still talk.
-            False after an error that the others may not share.
+            still talk. False after an error that the others may not share.
     """
     if dist.is_initialized():
         if together:
-            dist.barrier()
+            barrier()
         dist.destroy_process_group()
 
 
@@ -152,7 +151,8 @@ def all_max(value: int, world: World) -> int:
 def largest(values: dict[str, float], world: World) -> dict[str, float]:
     """By name the largest value of any rank; every rank must hold the same names."""
     tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=world.device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    with exchange():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return dict(zip(values, tensor.tolist(), strict=True))
 
 
@@ -174,10 +174,10 @@ def barrier() -> None:
 def main_first(world: World) -> Iterator[None]:
     """Rank 0 runs the block (and writes files), then the others do (and find them)."""
     if not world.is_main:
-        dist.barrier()
+        barrier()
     yield
     if world.is_main:
-        dist.barrier()
+        barrier()
 
 
 def shard(

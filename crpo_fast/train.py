@@ -17,6 +17,7 @@ import random  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from contextlib import ExitStack  # noqa: E402
 
 import numpy  # noqa: E402
 import torch  # noqa: E402
@@ -176,27 +177,36 @@ def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def run(config: Config, world: World, reporter: Reporter, scorer: Scorer) -> None:
-    """Open the run folder, continue where it stands, train."""
+def run(config: Config, world: World, reporter: Reporter, scorer: Scorer, last: ExitStack) -> None:
+    """Open the run folder, continue where it stands, train; ``last`` gets what closes then."""
     started, stop = time.monotonic(), StopSignal()
     opened = run_folder.open_run(config, world)
+    last.callback(opened.close)
+    if opened.summary is not None:
+        path = opened.folder.path
+        reporter.closing(f"{path} is finished (--run.resume never starts again)")
+        if world.is_main:
+            outcome.show(opened.summary, path, reporter)
+            if (page := path / "report.html").exists():
+                reporter.closing(f"report: {page}")
+        return
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    life = _build(config, world, opened, reporter, stop, started, scorer)
+    last.callback(life.session.engine.close)
+    if world.is_main:
+        last.callback(report.write_at_end, opened.folder.path, reporter.closing)
+    last.callback(life.trackers.close)
     try:
-        if opened.summary is not None:
-            path = opened.folder.path
-            reporter.closing(f"{path} is finished (--run.resume never starts again)")
-            if world.is_main:
-                outcome.show(opened.summary, path, reporter)
-                if (page := path / "report.html").exists():
-                    reporter.closing(f"report: {page}")
-            return
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        _run(config, world, opened, reporter, stop, started, scorer)
-    finally:
-        opened.close()
+        train(life)
+    except Stopped as reason:
+        reporter.closing(
+            f"stopped by {reason}; saved. The same command continues: "
+            f"--run.dir {opened.folder.path}"
+        )
 
 
-def _run(
+def _build(
     config: Config,
     world: World,
     opened: Opened,
@@ -204,7 +214,7 @@ def _run(
     stop: StopSignal,
     started: float,
     scorer: Scorer,
-) -> None:
+) -> Run:
     folder = opened.folder
     reporter.start()
     with timer("load"):
@@ -221,46 +231,43 @@ def _run(
         for text in screen.warnings(built):
             reporter.warning(text)
         reporter.screen(screen.title(), screen.rows(built, folder, opened.resume))
-    try:
-        train(life)
-    except Stopped as reason:
-        reporter.closing(
-            f"stopped by {reason}; saved. The same command continues: --run.dir {folder.path}"
-        )
-    finally:
-        life.trackers.close()
-        if world.is_main:
-            report.write_at_end(folder.path, reporter.closing)
-        built.engine.close()
+    return life
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done or stopped by a signal, 2 the user must correct, 1 cannot go on."""
-    status, peers = 0, Peers()
-    try:
-        config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        # refuse now what would be refused after loading
-        grammar = build_grammar(config)
-        for phase in config.phases:
-            controller.build(config.entropy, phase, grammar)
-        trackers.check(config.track)
-        with open_rewards(config) as scorer:
+    peers = Peers()
+    with ExitStack() as last:  # trackers and the report close after the message
+        try:
+            config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+            # refuse now what would be refused after loading
+            grammar = build_grammar(config)
+            for phase in config.phases:
+                controller.build(config.entropy, phase, grammar)
+            trackers.check(config.track)
+            scorer = last.enter_context(open_rewards(config))
             world = distributed.init(config.train.threads, config.train.timeout)
             peers = Peers(world.rank, world.size, world.store, timeout=config.train.timeout)
             peers.watch()
             reporter = Reporter(enabled=world.is_main, quiet=config.quiet)
-            with contextlib.closing(reporter):
-                run(config, world, reporter, scorer)
-    except USER_ERRORS as error:
-        status = peers.refuse(error, 2)
-    except RUN_ERRORS as error:
-        status = peers.refuse(error, 1)
-    except Exception as error:  # memory, a collective that another rank left, or a bug
+            with contextlib.closing(reporter):  # ends the live line before a message
+                run(config, world, reporter, scorer, last)
+            status = 0
+        except USER_ERRORS as error:
+            status = peers.refuse(error, 2)
+        except RUN_ERRORS as error:
+            status = peers.refuse(error, 1)
+        except Exception as error:  # memory, a collective that another rank left, or a bug
+            status = peers.explain(error)
+            if not status:
+                raise
+    peers.stop()
+    try:
+        distributed.shutdown(together=status == 0)
+    except RuntimeError as error:
         status = peers.explain(error)
         if not status:
             raise
-    peers.stop()
-    distributed.shutdown(together=status == 0)
     return status
 
 
