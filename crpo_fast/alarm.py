@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from crpo_fast.config_file import ConfigError
+
 if TYPE_CHECKING:
     from crpo_fast.config import EntropyConfig, PhaseConfig
 
@@ -63,15 +65,18 @@ class EntropyAlarm:
     ) -> None:
         if not 1 < warn_factor <= stop_factor:
             raise ValueError(
-                f"warn_factor, stop_factor: expected 1 < warn <= stop, got {warn_factor} and "
-                f"{stop_factor}. "
-                "Write e.g. entropy.alarm_warn_factor = 3.0 and entropy.alarm_stop_factor = 10.0."
+                "entropy.alarm_warn_factor, entropy.alarm_stop_factor: expected 1 < warn <= stop, "
+                f"got {warn_factor} and {stop_factor}. Type --entropy.alarm_warn_factor 3.0 "
+                "--entropy.alarm_stop_factor 10.0."
             )
-        if floor <= 0 or start_steps < 1:
+        if not floor > 0:
             raise ValueError(
-                f"floor, start_steps: expected more than 0 nats and at least 1 step, got {floor} "
-                "and "
-                f"{start_steps}. Write e.g. entropy.alarm_floor = 0.2."
+                f"entropy.alarm_floor: expected more than 0 nats, got {floor}. Type "
+                "--entropy.alarm_floor 0.2."
+            )
+        if start_steps < 1:
+            raise ValueError(
+                f"start_steps: expected at least 1 step, got {start_steps}. Pass start_steps=3."
             )
         self.names = list(names)
         self.warn_factor, self.stop_factor, self.floor = warn_factor, stop_factor, floor
@@ -90,8 +95,7 @@ class EntropyAlarm:
         Args:
             step: for the messages.
             entropies: [K] mean entropy over the tokens of each stage, nats; None or NaN where the
-                step has
-                none of that stage.
+                step has none of that stage.
             targets: [K] of a controller, nats; a stage is judged by the larger of its start and
                 its target.
 
@@ -126,8 +130,8 @@ class EntropyAlarm:
             f"stage {self.names[k]!r}: expected an entropy of at most {factor * start:.3g} nats "
             f"({factor:g} times its {'start or target' if self.is_controlled else 'start'}, floor "
             f"{self.floor:g}), got {entropy:.3g} at step {step}. "
-            f"{_ADVICE_CONTROLLED if self.is_controlled else _ADVICE}; entropy.alarm = false "
-            "turns this off."
+            f"{_ADVICE_CONTROLLED if self.is_controlled else _ADVICE}; --entropy.no-alarm turns "
+            "this off."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,13 +155,20 @@ class EntropyAlarm:
 
 
 def build(entropy: EntropyConfig, phase: PhaseConfig, names: Sequence[str]) -> EntropyAlarm | None:
-    """The alarm of a phase; None in sft, where it is off, and without stages."""
+    """The alarm of a phase; None in sft, where it is off, and without stages.
+
+    Raises:
+        ConfigError: factors or a floor that no alarm can have.
+    """
     if phase.algorithm == "sft" or not entropy.alarm or not names:
         return None
-    return EntropyAlarm(
-        names,
-        warn_factor=entropy.alarm_warn_factor,
-        stop_factor=entropy.alarm_stop_factor,
-        floor=entropy.alarm_floor,
-        is_controlled=entropy.controller == "dual" and phase.algorithm == "crpo",
-    )
+    try:
+        return EntropyAlarm(
+            names,
+            warn_factor=entropy.alarm_warn_factor,
+            stop_factor=entropy.alarm_stop_factor,
+            floor=entropy.alarm_floor,
+            is_controlled=entropy.controller == "dual" and phase.algorithm == "crpo",
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -74,13 +74,9 @@ def init(threads: int = 0, timeout: float = 1800.0) -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
         _keep_freed_memory()
-        torch.set_num_threads(threads or max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+        ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(threads or max(1, num_cores() // ranks))
     limit = timedelta(seconds=timeout)
     if "MASTER_PORT" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
@@ -89,6 +85,13 @@ def init(threads: int = 0, timeout: float = 1800.0) -> World:
     store.set_timeout(limit)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     return World(rank, size, device, store)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

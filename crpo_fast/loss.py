@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crpo_fast.config import Config, PhaseConfig
+from crpo_fast.config import Config, ConfigError, PhaseConfig
 from crpo_fast.packing import MicroBatch, Sequence
 from crpo_kernels import (
     ObjectiveSpec,
@@ -75,19 +75,18 @@ class LossSpec:
 
 
 def loss_spec(config: Config, phase: PhaseConfig, stage_coefs: list[float]) -> LossSpec:
-    """The phase's algorithm with the config's overrides; the entropy term belongs to crpo alone."""
-    overrides = {
-        name: getattr(config.objective, name)
-        for name in _OVERRIDES
-        if getattr(config.objective, name) is not None
-    }
+    """The phase's algorithm with the config's overrides; the entropy term belongs to crpo alone.
+
+    Raises:
+        ConfigError: an override that the objective refuses.
+    """
     is_sft = phase.algorithm == "sft"
     aggregation = None if is_sft else config.objective.aggregation
     options: dict[str, Any] = {"backend": config.train.loss_backend}
     if config.train.workspace_mib is not None:
         options["workspace_bytes"] = config.train.workspace_mib * 2**20
     return LossSpec(
-        objective=ObjectiveSpec.preset(phase.algorithm, **({} if is_sft else overrides)),
+        objective=_objective(config, phase.algorithm),
         aggregation=aggregation or AGGREGATION[phase.algorithm],
         stage_coefs=tuple(stage_coefs) if phase.algorithm == "crpo" else (0.0,) * len(stage_coefs),
         reduction=config.entropy.reduction,
@@ -97,6 +96,22 @@ def loss_spec(config: Config, phase: PhaseConfig, stage_coefs: list[float]) -> L
         group=config.objective.bnpo_group,
         options=tuple(options.items()),
     )
+
+
+def _objective(config: Config, algorithm: str) -> ObjectiveSpec:
+    if algorithm == "sft":
+        return ObjectiveSpec.preset(algorithm)
+    options = {name: getattr(config.objective, name) for name in _OVERRIDES}
+    try:
+        return ObjectiveSpec.preset(
+            algorithm, **{name: value for name, value in options.items() if value is not None}
+        )
+    except ValueError as error:
+        what = str(error).partition(" Write ObjectiveSpec(")[0]  # advice for Python
+        raise ConfigError(
+            f"objective.{what} Leave --objective.{what.partition(':')[0]} out for the default of "
+            f"{algorithm}."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ __all__ = ["write_card"]
 PAPER = "arXiv 2606.13176"
 NO_INSTRUMENT = "research software, no clinical instrument"
 _COLUMNS = ("untrained", "before", "after")
-_LEFT_OUT = ("run.", "data.system", "trackers.")  # where it ran, own words, accounts
+_LEFT_OUT = ("run.", "data.system", "track.")  # where it ran, own words, accounts
 _KINDS = {
     "synthetic": "Made-up posts, written by crpo-fast's generator from templates. Nobody wrote "
     "them, and nothing here says how the model does on posts that people wrote.",
@@ -242,8 +242,9 @@ def _training(config: Config, facts: dict[str, Any]) -> str:
             f"`{entropy.controller}`, schedule `{entropy.schedule}`, M = {entropy.magnitude:g}; "
             f"positive is a penalty: {coefs or 'no stages'}."
         )
+    master = "fp64" if config.model.compute_dtype == "float64" else "fp32"
     lines.append(
-        f"\nMaster weights in fp32, compute in {config.model.compute_dtype}, AdamW; "
+        f"\nMaster weights in {master}, compute in {config.model.compute_dtype}, AdamW; "
         f"{facts['ranks']} rank(s) on {facts['machine']}, {facts['seconds'] / 60:.1f} minutes."
     )
     return "\n".join(lines) + "\n"

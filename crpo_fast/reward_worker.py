@@ -79,10 +79,7 @@ def _prepare_process(trainer: int) -> None:
     faulthandler.enable(all_threads=False)  # a crash shows the reward function's line
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
-    for signum in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a scheduler may signal all; the trainer decides
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a scheduler signals all; the trainer decides
         signal.signal(signum, lambda *_: None)  # not SIG_IGN, which programs started here inherit
         os.register_at_fork(after_in_child=partial(signal.signal, signum, signal.SIG_DFL))
     if sys.platform == "linux":

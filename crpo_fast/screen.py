@@ -11,6 +11,7 @@ import torch
 
 from crpo_fast import models
 from crpo_fast.config import Config, PhaseConfig
+from crpo_fast.distributed import num_cores
 from crpo_fast.loss import loss_spec
 from crpo_fast.run_folder import Resume, RunFolder, phase_lengths
 from crpo_kernels import explain_choice
@@ -72,7 +73,7 @@ def warnings(session: Session) -> list[str]:
             "Type --rollout.engine static."
         )
     threads = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if on_cpu and threads > (cores := os.cpu_count() or 1):
+    if on_cpu and threads > (cores := num_cores()):
         found.append(f"{threads} threads on {cores} cores. Type --train.threads 0.")
     entropy, stages = config.entropy, session.task.grammar.num_stages
     pushes = any(p.algorithm == "crpo" for p in config.phases) and entropy.magnitude > 0

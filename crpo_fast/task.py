@@ -15,6 +15,7 @@ from crpo_fast import data, rewards, synthetic
 from crpo_fast.batch import Row
 from crpo_fast.checkpoint_files import whole_folder
 from crpo_fast.config import Config, ConfigError
+from crpo_fast.distributed import num_cores
 from crpo_fast.packing import Sequence
 from crpo_fast.prompts import build_prompt, encode_completion
 from crpo_fast.reward_pool import InProcessRewards, RewardPool, Scorer
@@ -178,7 +179,7 @@ def open_rewards(config: Config) -> Scorer:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = settings.workers
     if workers is None:
-        workers = max(1, min(4, _num_cores() // ranks))
+        workers = max(1, min(4, num_cores() // ranks))
     if workers == 0 or all(p.algorithm == "sft" for p in config.phases):
         return InProcessRewards(load_rewards(config), settings.weights)
     pool = RewardPool(
@@ -200,12 +201,6 @@ def open_rewards(config: Config) -> Scorer:
         pool.close()
         raise
     return pool
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def build_task(config: Config, rows: Rows, tokenizer: Any, scorer: Scorer | None = None) -> Task:

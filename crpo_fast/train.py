@@ -23,7 +23,6 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from crpo_fast import (  # noqa: E402
-    controller,
     distributed,
     experience,
     outcome,
@@ -47,7 +46,9 @@ from crpo_fast.endings import (  # noqa: E402
     Stopped,
     StopSignal,
 )
+from crpo_fast.entropy_watch import EntropyWatch  # noqa: E402
 from crpo_fast.experience import Experience  # noqa: E402
+from crpo_fast.loss import loss_spec  # noqa: E402
 from crpo_fast.models import ModelError  # noqa: E402
 from crpo_fast.nonfinite import NonFiniteError  # noqa: E402
 from crpo_fast.optim import learning_rate, set_learning_rate  # noqa: E402
@@ -243,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # refuse now what would be refused after loading
             grammar = build_grammar(config)
             for phase in config.phases:
-                controller.build(config.entropy, phase, grammar)
+                EntropyWatch.build(config.entropy, phase, grammar)
+                loss_spec(config, phase, grammar.coefs())
             trackers.check(config.track)
             scorer = last.enter_context(open_rewards(config))
             world = distributed.init(config.train.threads, config.train.timeout)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from crpo_fast.alarm import EntropyAlarm, build
-from crpo_fast.config import EntropyConfig, PhaseConfig
+from crpo_fast.config import ConfigError, EntropyConfig, PhaseConfig, parse_arguments
 
 
 def alarm(**options):
@@ -63,7 +63,10 @@ def test_a_controlled_stage_is_judged_by_its_target_and_gets_other_advice():
 def test_advice_names_the_controller():
     watch = alarm(start_steps=1)
     watch.update(0, [1.0, 1.0])
-    assert 'entropy.controller = "dual"' in watch.update(1, [9.0, 1.0]).stop
+    stop = watch.update(1, [9.0, 1.0]).stop
+    assert 'entropy.controller = "dual"' in stop
+    assert stop.endswith("--entropy.no-alarm turns this off.")
+    assert not parse_arguments(["--entropy.no-alarm"]).entropy.alarm
 
 
 def test_build_reads_the_config():
@@ -77,6 +80,15 @@ def test_build_reads_the_config():
         watch = build(entropy, PhaseConfig(algorithm=algorithm), ["a"])
         assert (watch.warn_factor, watch.stop_factor, watch.floor) == (2.0, 5.0, 0.1)
         assert watch.is_controlled == (algorithm == "crpo")
+
+
+@pytest.mark.parametrize(
+    "options", [{"alarm_warn_factor": 0.5}, {"alarm_stop_factor": math.nan}, {"alarm_floor": -1.0}]
+)
+def test_build_refuses_what_the_user_can_correct(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"entropy.{name}.* Type --entropy"):
+        build(EntropyConfig(**options), PhaseConfig(), ["a"])
 
 
 def test_a_stage_that_is_absent_starts_later():

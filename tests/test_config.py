@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from crpo_fast import train
 from crpo_fast.config import (
     Config,
     ConfigError,
@@ -14,6 +15,9 @@ from crpo_fast.config import (
     parse_arguments,
     to_dict,
 )
+from crpo_fast.config_checks import LOSS_BACKENDS
+from crpo_fast.config_ranges import RANGES
+from crpo_kernels import dispatch
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -116,11 +120,91 @@ def test_missing_file() -> None:
         ),
         (["--train.max_steps", "-1"], r"train\.max_steps: expected 0"),
         (["--rewards.weights", "1"], r"rewards\.weights: expected 2 numbers"),
+        (
+            ["--train.loss_backend", "foo"],
+            r"train\.loss_backend: expected one of auto, torch, dense, got 'foo'",
+        ),
+        (["--phases.0.schedule", "cosin"], r"phases\[0\]\.schedule: .*Did you mean 'cosine'"),
+        (
+            ["--eval.batch", "0"],
+            r"eval\.batch: expected a positive number, got 0\. Type --eval\.batch 64\.",
+        ),
+        (["--rollout.top_k", "-1"], r"rollout\.top_k: expected 0 or more, got -1"),
+        (["--entropy.reference_length", "-3"], r"entropy\.reference_length: .*got -3\. Leave "),
+        (["--train.workspace_mib", "0"], r"train\.workspace_mib: expected a positive number"),
+        (["--train.threads", "-2"], r"train\.threads: expected 0 or more, got -2"),
+        (["--train.timeout", "inf"], r"train\.timeout: expected a positive number, got inf"),
+        (["--eval.every", "-1"], r"eval\.every: expected 0 or more, got -1"),
+        (["--eval.limit", "-1"], r"eval\.limit: expected 0 or more"),
+        (
+            ["--optim.lr", "-1"],
+            r"optim\.lr: expected 0 or more, got -1\.0\. Type --optim\.lr 5e-",
+        ),
+        (["--optim.lr", "nan"], r"optim\.lr: expected 0 or more, got nan"),
+        (["--optim.betas", "0.9", "1"], r"optim\.betas: expected numbers in \[0, 1\), got \[0\.9"),
+        (["--entropy.tau", "nan"], r"entropy\.tau: expected a number, got nan"),
+        (
+            ["--rewards.weights", "1", "nan"],
+            r"rewards\.weights: expected a number, got \[1\.",
+        ),
+        (["--rollout.temperature", "nan"], r"rollout\.temperature: expected a number.*got nan"),
+        (["--rollout.temperature", "inf"], r"rollout\.temperature: expected a number.*got inf"),
+        (
+            ["--phases.0.sequences_per_step", "0"],
+            r"phases\.0\.sequences_per_step: .* got 0\. Type --phases\.0\.sequences_per_step 64",
+        ),
+        (["--phases.1.lr", "-1"], r"phases\.1\.lr: expected 0 or more, got -1"),
+        (["--model.build.num_heads", "0"], r"model\.build\.num_heads: expected a positive"),
+        (["--report.probe_prompts", "-1"], r"report\.probe_prompts: expected 0 or more"),
+        (["--seed", "5000000000"], r"seed: expected a number in 0 \.\. 2\*\*32 - 1"),
     ],
 )
 def test_cross_field_checks(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_arguments(arguments)
+
+
+def test_every_range_and_choice_is_of_an_option_that_exists() -> None:
+    for name in RANGES:
+        owner: object = Config()
+        for part in name.split("."):
+            owner = getattr(owner[0] if isinstance(owner, tuple) else owner, part)
+    assert dispatch.BACKENDS == LOSS_BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--objective.kl_estimator k9",
+            "objective.kl_estimator: expected one of ['k1', 'k2', 'k3'], got 'k9'.",
+        ),
+        (
+            "--objective.clip_low 1.5",
+            "got 1.5. Leave --objective.clip_low out for the default of crpo.",
+        ),
+        ("--objective.clip_high -1", "objective.clip_high: expected a finite number in [0.0, inf]"),
+        ("--objective.kl_coef inf", "objective.kl_coef: expected a finite number"),
+        ("--objective.rho_mode mask --objective.rho_floor 2", "objective.rho_floor: expected"),
+        (
+            "--entropy.alarm_warn_factor 0.5",
+            "1 < warn <= stop, got 0.5 and 10.0. Type --entropy.alarm_warn_factor 3.0",
+        ),
+        (
+            "--entropy.alarm_floor 0",
+            "entropy.alarm_floor: expected more than 0 nats, got 0.0. Type --entropy.alarm_floor",
+        ),
+    ],
+)
+def test_numbers_of_loss_and_alarm_are_refused_before_anything_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    folder = tmp_path / "run"
+    assert train.main(["--run.dir", str(folder), *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "ObjectiveSpec" not in error
+    assert not folder.exists()
 
 
 def test_command_line_overrides_the_file(tmp_path: Path) -> None:

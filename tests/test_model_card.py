@@ -109,6 +109,7 @@ def test_it_says_what_it_is_and_is_not(card: str) -> None:
     assert "Seed 5." in card
     assert "model.build.hidden_size = 16" in card
     assert re.search(r"torch \d", card)
+    assert "Master weights in fp32, compute in float32" in card
 
 
 def test_the_hub_can_read_it(finished: Path, card: str) -> None:
@@ -141,6 +142,8 @@ def test_a_canary_in_every_field_of_the_data_stays_out(tmp_path: Path) -> None:
     evaluation = {**result, "per_dataset": {"default": one}, "num_rows": 1, "step": 1}
     settings = ["--data.path", str(tmp_path / "posts.jsonl"), "--data.completion", "c"]
     settings += ["--data.system", f"You are {canary}.", "--model.path", str(tmp_path / "base")]
+    settings += ["--model.compute_dtype", "float64"]
+    settings += ["--track.name", "jdoe7", "--track.project", "of-jdoe7"]
     config = parse_arguments([TINY, *settings])
     facts = {
         "parameters": 10**6, "ranks": 1, "machine": "CPU", "versions": {}, "commit": "",
@@ -149,6 +152,8 @@ def test_a_canary_in_every_field_of_the_data_stays_out(tmp_path: Path) -> None:
     text = write_card(config, rows, {"after": evaluation}, facts=facts)
     assert canary not in text
     assert str(tmp_path) not in text
+    assert "jdoe7" not in text
+    assert "Master weights in fp64, compute in float64" in text
     assert "data.path = posts.jsonl" in text
     assert "# base, SFT + CRPO" in text
     assert "base_model" not in front_matter(text)  # a folder is no name on the hub

@@ -109,9 +109,7 @@ class CompiledRows:
         label_bias = None if bias is None else bias[labels].unsqueeze(1)
         label_logits = _logits(picked, label_bias, inner, outer).squeeze(1)  # [C]
         shift = label_logits - maximum
-        if (
-            inner is not None
-        ):  # generated code may round tanh differently: the top label is the maximum
+        if inner is not None:  # generated code may round tanh another way: the top is the maximum
             is_rounding = shift.abs() <= 2 * torch.finfo(self.dtype).eps * maximum.abs()
             shift = torch.where(is_rounding, 0.0, shift)
         return finish_stats(shift, maximum, s, t)

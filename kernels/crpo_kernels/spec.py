@@ -120,9 +120,7 @@ class TokenInputs(NamedTuple):
     advantages: Tensor | None = None  # [T]
     entropy_weights: Tensor | None = None  # [T] > 0 penalises entropy, < 0 rewards it
     z_loss_weights: Tensor | None = None  # [T] multiplies lse^2
-    old_logprobs: Tensor | None = (
-        None  # [T] of the policy at the start of the update; None: on-policy
-    )
+    old_logprobs: Tensor | None = None  # [T] where the update starts; None: on-policy
     rollout_logprobs: Tensor | None = None  # [T] of the engine that sampled
     ref_logprobs: Tensor | None = None  # [T] of the reference policy
 
