@@ -56,7 +56,7 @@ class Progress:
         caps: for every phase begun so far, how many steps it ran (a capped run is a prefix of a
             longer one).
         seconds: wall time of the run so far.
-        controllers: state of whatever adapts during a phase (alarm, entropy), by name.
+        controllers: state of what adapts in a phase (alarm, entropy, nonfinite), by name.
         is_phase_end: the phase's last step is done; such checkpoints hold the KL reference of the
             next phase.
         best: the best step so far, if any.

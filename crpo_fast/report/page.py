@@ -1,6 +1,6 @@
 """The data of a report and the HTML around them: one file, nothing from any network.
 
-All data stand in one JSON block, in which no "<" is left, and report.js writes them with
+All data stand in one JSON block, in which no "<" is left, and the scripts write them with
 textContent, so that no text of a run can become markup; a content security policy forbids
 everything that is not in the file.
 """

@@ -1,0 +1,55 @@
+"""The tables of docs/ and of the README against a run and against the tree."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from crpo_fast import train
+from crpo_fast.controller import DualAscent, DualOptions
+
+ROOT = Path(__file__).parent.parent
+TINY = str(Path(__file__).with_name("tiny.toml"))
+FLAGS = [
+    *("--entropy.controller", "dual", "--objective.rho_mode", "mask"),
+    *("--rollout.mask_truncated", "--rollout.dynamic_sampling", "--train.max_steps", "2"),
+]
+
+
+def metric_rows() -> set[str]:
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    names = re.findall(r"^\| `([^`]+)` \|[^|]*\| [^|]{4,} \|$", text, re.MULTILINE)
+    assert len(names) == len(set(names)) == len(re.findall(r"^\| `", text, re.MULTILINE))
+    return set(names)
+
+
+def row_of(key: str) -> str:
+    """The row that a key belongs to."""
+    name = re.sub(r"^(stage_\w+)/\d$", r"\1/k", key)
+    return re.sub(r"/(format|answer)_reward$", "/<function>", name)
+
+
+def test_every_metric_has_its_row_and_every_row_its_metric(tmp_path: Path) -> None:
+    assert train.main([TINY, "--run.dir", str(tmp_path / "r"), *FLAGS]) == 0
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {r["phase"] for r in records} == {"sft", "crpo"}
+    keys = {key for record in records for key in record}
+    dual = DualAscent(["a"], [0.0], DualOptions(bound=0.1))  # the tiny model writes no stages
+    keys |= dual.update([1.0]).keys()
+    assert {row_of(key) for key in keys} == metric_rows()
+
+
+def test_the_file_map_has_every_module_and_no_other() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)`", text[text.index("## File map") : text.index("## Limits")])
+    folders = ("crpo_fast", "crpo_fast/report", "crpo_fast/rollout", "kernels/crpo_kernels")
+    modules = [p.stem for folder in folders for p in (ROOT / folder).glob("[!_]*.py")]
+    assert sorted(named) == sorted(modules)
+
+
+def test_links_of_the_pages_exist() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target).exists(), (page.name, target)
