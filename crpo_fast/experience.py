@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from crpo_fast import reward_errors
+from crpo_fast import distributed, reward_errors
 from crpo_fast.advantages import group_advantages
 from crpo_fast.batch import RolloutGroup, Row, SamplingParams
+from crpo_fast.distributed import World
 from crpo_fast.dynamic_sampling import Resampling, has_signal
 from crpo_fast.metrics import Sums
 from crpo_fast.packing import Sequence
@@ -25,7 +26,7 @@ class Experience:
 
     Attributes:
         sequences: what is trained on; ``group_size`` of each prompt side by side.
-        sums: metrics of this rank, of everything that was sampled.
+        sums: metrics of everything that was sampled, of this rank until ``reduced``.
         num_sampled: tokens that were generated, dropped groups included.
         reward_errors: the first of each kind (see `reward_errors.note`).
         trace: of some sequences, on rank 0, for samples.jsonl.
@@ -36,6 +37,11 @@ class Experience:
     num_sampled: int = 0
     reward_errors: dict[str, Any] = field(default_factory=dict)
     trace: TokenTrace | None = None
+
+    def reduced(self, world: World) -> Experience:
+        """The same with the sums of all ranks; a collective."""
+        sums = self.sums.reduced(lambda x: distributed.all_sum(x.to(world.device)).cpu())
+        return replace(self, sums=sums)
 
 
 @dataclass(frozen=True)

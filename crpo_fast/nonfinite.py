@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -88,7 +89,7 @@ class Guard:
             _write(folder, self.world, model, batches, logprobs, metrics)
             tensors = folder / "rank_0.safetensors"
             saved = f"its batch: {folder} (safetensors.torch.load_file({str(tensors)!r}))"
-        except OSError as error:  # looking at it later is not worth the run
+        except (OSError, SafetensorError) as error:  # looking at it later is not worth the run
             saved = f"its batch could not be saved: {error}"
             if not self.world.is_main:
                 notice(f"{where}: rank {self.world.rank}: {saved}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from crpo_fast import checkpoint, distributed, reward_errors, timing, trackers
+from crpo_fast import checkpoint, distributed, timing, trackers
 from crpo_fast.alarm import Verdict
 from crpo_fast.checkpoint import Progress, SaveError
 from crpo_fast.config import Config, PhaseConfig
@@ -261,8 +261,6 @@ class Phase:
         self._log(step, metrics, batch)
         run.progress = run.saver.count_reward(run.progress, metrics.get("reward"))
         self._check_finite()
-        if metrics.get("reward/error_rate"):  # the same on all ranks
-            reward_errors.check(run, metrics, batch.reward_errors, lambda: run.save(self.optimizer))
         self._check(metrics, verdict)
         if self.config.algorithm != "sft" and is_due(step + 1, run.config.report.probe_every):
             run.probes.answer(run.progress.step)
@@ -311,8 +309,7 @@ class Phase:
     def _log(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
         run = self.run
         world = run.session.world
-        extra = batch.sums.means(lambda x: distributed.all_sum(x.to(world.device)).cpu())
-        metrics.update(extra)
+        metrics.update(batch.sums.means())
         metrics.update(tokens_and_seconds(batch, world))
         metrics["seconds"] = run.seconds
         for k, coef in enumerate(self.loss.stage_coefs):

@@ -11,7 +11,7 @@ the exception; no text of a post.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from crpo_fast import distributed
@@ -20,6 +20,9 @@ from crpo_fast.metrics import Sums
 from crpo_fast.reward_calls import ERROR_KINDS, RewardError, RewardTable
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from crpo_fast.experience import Experience
     from crpo_fast.phases import Run
 
 
@@ -53,28 +56,40 @@ def note(first: dict[str, dict[str, Any]], table: RewardTable, rows: Sequence[Ro
         )
 
 
-def check(
-    run: Run, metrics: Mapping[str, float], first: dict[str, Any], save: Callable[[], bool]
-) -> None:
+def check(run: Run, batch: Experience, optimizer: Optimizer) -> None:
     """Name a sample of each kind; too many failures end the run. A collective.
 
+    The step's updates come afterwards: rewards that failed never change the weights.
+
     Args:
-        run: its reporter, config, progress and world.
-        metrics: of the step, global.
-        first: of this rank (see `note`).
-        save: writes a checkpoint; whether it could.
+        run: stands before the step.
+        batch: of the step, with the sums of all ranks.
+        optimizer: of the phase, for the checkpoint of the state before the step.
 
     Raises:
         RewardError: more than ``rewards.max_error_rate`` of the samples failed.
     """
-    step, bound = run.progress.step, run.config.rewards.max_error_rate
-    by_rank = distributed.all_gather(first, run.session.world)
+    metrics = batch.sums.means()
+    if not metrics.get("reward/error_rate"):  # the same on all ranks
+        return
+    step, bound = run.progress.step + 1, run.config.rewards.max_error_rate
+    by_rank = distributed.all_gather(batch.reward_errors, run.session.world)
     for line in lines(by_rank, metrics, step):
         run.reporter.warning(line)
     message = verdict(metrics, bound, step)
     if message is not None:
-        last = "The state is saved: the same command continues." if save() else "Saving failed."
-        raise RewardError(f"{message} {last}")
+        raise RewardError(f"{message} {_kept(run, optimizer)}")
+
+
+def _kept(run: Run, optimizer: Optimizer) -> str:
+    """What becomes of the steps before this one; they are saved if they were not."""
+    progress, saved = run.progress, run.saver.saved_step
+    if progress.step != saved and progress.step == run.resume.progress.step:
+        return "This start has done no step yet: the same command begins there again."
+    # the weights of a phase's start are its predecessor's, which has tried to save them
+    if progress.step == saved or (progress.phase_steps and run.save(optimizer)):
+        return "The state is saved: the same command continues."
+    return "Saving failed."
 
 
 def lines(
@@ -96,15 +111,19 @@ def lines(
 
 def verdict(metrics: Mapping[str, float], bound: float, step: int) -> str | None:
     """The message that ends the run, or None."""
-    rate = metrics["reward/error_rate"]
-    if rate <= bound:
+    rate, is_abandoned = metrics["reward/error_rate"], bool(metrics["reward/errors/not_run"])
+    if rate <= bound and not is_abandoned:
         return None
+    # further rounds of dynamic sampling may have gone well, after one that was given up
+    part, found = "step", f"{rate:.1%} at step {step}"
+    if rate <= bound:
+        part, found = "round", f"more in one of step {step}, {rate:.1%} over all its rounds"
     names = (*ERROR_KINDS, "not_run")
     counts = {name: metrics[f"reward/errors/{name}"] for name in names}
     shown = ", ".join(f"{n:.0f} {name}" for name, n in counts.items() if n)
     return (
-        f"rewards: expected at most {bound:.1%} of a step's samples without a reward "
-        f"(rewards.max_error_rate), got {rate:.1%} at step {step} ({shown}; the warnings name "
+        f"rewards: expected at most {bound:.1%} of a {part}'s samples without a reward "
+        f"(rewards.max_error_rate), got {found} ({shown}; the warnings name "
         "samples). Mend the functions, or raise --rewards.timeout for slow ones or "
         "--rewards.max_error_rate."
     )

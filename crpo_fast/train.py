@@ -28,6 +28,7 @@ from crpo_fast import (  # noqa: E402
     outcome,
     provenance,
     report,
+    reward_errors,
     run_folder,
     screen,
     session,
@@ -81,7 +82,8 @@ def train(run: Run) -> None:
     config, policy = run.config, run.session.policy
     for phase in run.phases():
         for step in phase.steps():
-            batch = gather(run, phase.config, step)
+            batch = gather(run, phase.config, step).reduced(run.session.world)
+            reward_errors.check(run, batch, phase.optimizer)
             packed = [
                 micro_batches(
                     sequences,

@@ -10,9 +10,11 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from crpo_fast import nonfinite, step, train
@@ -155,9 +157,15 @@ def test_only_the_newest_folders_are_kept(tmp_path: Path) -> None:
     assert (other.in_a_row, other.total) == (0, 8)
 
 
-def test_a_folder_that_cannot_be_written_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [None, SafetensorError("I/O error: no space left on device")])
+def test_a_folder_that_cannot_be_written_is_named_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
     lines: list[str] = []
-    (tmp_path / "nonfinite").write_text("a file in the way")
+    if error is None:
+        (tmp_path / "nonfinite").write_text("a file in the way")
+    else:
+        monkeypatch.setattr(nonfinite, "save_file", Mock(side_effect=error))
     guard = nonfinite.Guard(3, tmp_path / "nonfinite", CPU, lines.append)
     batches = pack([Sequence([1, 2], [3], [-1])], 9)
     metrics = {"loss": torch.nan, "grad_norm": torch.nan}

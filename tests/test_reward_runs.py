@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from crpo_fast.batch import Row
 from crpo_fast.config import load_config
 from crpo_fast.metrics import Sums
 from crpo_fast.reward_calls import RewardFailure, RewardTable
+from crpo_fast.reward_pool import InProcessRewards
 from crpo_fast.run_folder import RunFolder
 from crpo_fast.task import load_rows, order
 
@@ -49,7 +52,10 @@ def test_counts_over_ranks_and_lines():
         "step 7: reward nan x 1, first: function f, rank 1, sample 1, data set A: returned nan",
         "step 7: reward crash x 1, first: function g, rank 1, sample 3, data set B: gone",
     ]
-    assert reward_errors.verdict(metrics, 0.375, 7) is None
+    assert reward_errors.verdict({**metrics, "reward/errors/not_run": 0}, 0.375, 7) is None
+    message = reward_errors.verdict(metrics, 0.375, 7)  # a round of several was given up
+    assert "at most 37.5% of a round's samples" in message
+    assert "got more in one of step 7, 37.5% over all its rounds (1 nan" in message
     message = reward_errors.verdict(metrics, 0.37, 7)
     assert "got 37.5% at step 7 (1 nan, 1 crash, 1 not_run" in message
     assert "--rewards.timeout" in message
@@ -70,7 +76,8 @@ def test_a_run_counts_what_fails_and_stops_above_the_bound(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "expected at most 5.0% of a step's samples without a reward" in captured.err
     assert "The state is saved: the same command continues." in captured.err
-    assert (run_dir / "checkpoints" / "latest").read_text() == "step_3"
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_2"  # no update by bad rewards
+    assert [r["phase"] for r in records(run_dir)] == ["sft", "sft"]
     assert train.main([*arguments, "--rewards.max_error_rate", "1"]) == 0
     captured = capsys.readouterr()
     rows = load_rows(load_config(TINY), run_dir, write=False).train
@@ -124,3 +131,42 @@ def test_refusals_come_before_anything_is_written(tmp_path, capsys, arguments, m
     assert train.main([TINY, "--run.dir", str(tmp_path / "r"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not RunFolder(tmp_path / "r").path.exists()
+
+
+def test_a_step_without_rewards_leaves_the_state_before_it(tmp_path, capsys, monkeypatch):
+    """The steps since the last checkpoint are saved, and the run goes on as if nothing had been."""
+    logs, weights = [], []
+    for name in ("whole", "stopped"):
+        run_dir = tmp_path / name
+        arguments = [TINY, "--run.dir", str(run_dir), "--rewards.workers", "0"]
+        arguments += ["--train.max_steps", "3", "--checkpoint.every", "0"]
+        if name == "stopped":
+            with monkeypatch.context() as patch:
+                fail_from(patch, calls=2)
+                assert train.main(arguments) == 1
+            assert "The state is saved: the same command continues." in capsys.readouterr().err
+            assert (run_dir / "checkpoints" / "latest").read_text() == "step_5"
+            assert len(records(run_dir)) == 5
+        assert train.main(arguments) == 0
+        timed = ("seconds", "tokens_per_second")
+        logs.append(
+            [{k: v for k, v in r.items() if not k.startswith(timed)} for r in records(run_dir)]
+        )
+        weights.append((run_dir / "final" / "model.safetensors").read_bytes())
+    assert logs[0] == logs[1]
+    assert weights[0] == weights[1]
+
+
+def fail_from(patch: pytest.MonkeyPatch, *, calls: int) -> None:
+    """After some calls every reward is NaN."""
+    real, count = InProcessRewards.score, iter(range(999))
+
+    def score(self: InProcessRewards, *args: Any) -> RewardTable:
+        table = real(self, *args)
+        if next(count) < calls:
+            return table
+        nan = [math.nan] * len(table.total)
+        errors = tuple(RewardFailure("nan", "f", i, "gone") for i in range(len(nan)))
+        return replace(table, total=nan, errors=errors)
+
+    patch.setattr(InProcessRewards, "score", score)
