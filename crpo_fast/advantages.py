@@ -31,9 +31,8 @@ def group_advantages(
     ``batch`` are the rewards that ``batch_std`` is of, those of all ranks in any order; None: these
     here are all that there are.
 
-    A reward that is not finite has no part in any mean or std, and its sample gets advantage 0
-    (count them with `num_unusable`). A group whose rewards are all equal, or with fewer than two
-    usable ones, gets zeros.
+    A reward that is not finite has no part in any mean or std, and its sample gets advantage 0.
+    A group whose rewards are all equal, or with fewer than two usable ones, gets zeros.
 
     Raises:
         ValueError: group_size below 2, lengths that do not fit, unknown scale.
@@ -55,11 +54,6 @@ def group_advantages(
     if weights is None:
         return advantages
     return [a * w for a, w in zip(advantages, weights, strict=True)]
-
-
-def num_unusable(rewards: Sequence[float]) -> int:
-    """How many rewards are NaN or infinite, and so excluded."""
-    return len(rewards) - len(_usable(rewards))
 
 
 def _usable(rewards: Sequence[float]) -> list[float]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 SEPARATOR = "|"  # between a parameter's name and the name of its optimizer tensor
-FORMAT = 2  # 1 had no checksums
+FORMAT = 2
 _MAX_STATE_BYTES = 64 * 2**20
 _KEYS = {"format", "progress", "param_groups", "files", "sha256"}
 

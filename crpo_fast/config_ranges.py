@@ -23,7 +23,7 @@ class Range:
 
 POSITIVE = Range("a positive number", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Range("0 or more", lambda x: 0 <= x < math.inf)
-SHARE = Range("a number in [0, 1]", lambda x: 0 <= x <= 1)
+SHARE = Range("a share between 0 and 1", lambda x: 0 <= x <= 1)
 MOMENTUM = Range("numbers in [0, 1)", lambda x: 0 <= x < 1)
 BOUND = Range("a positive number (inf: no bound)", lambda x: x > 0)
 SEED = Range("a number in 0 .. 2**32 - 1", lambda x: 0 <= x < 2**32)

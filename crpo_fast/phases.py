@@ -33,7 +33,7 @@ from crpo_fast.optim import build_optimizer
 from crpo_fast.policy import Policy
 from crpo_fast.probes import Probes
 from crpo_fast.results import Evaluations, write_results
-from crpo_fast.run_folder import Resume, RunFolder, advance, phase_lengths
+from crpo_fast.run_folder import Resume, RunFolder, phase_lengths
 from crpo_fast.saving import Saver
 from crpo_fast.session import Session
 from crpo_fast.task import stratified
@@ -119,7 +119,7 @@ class Run:
     def _end_phase(self, phase: Phase) -> None:
         # a run that starts from another run's checkpoint has no end of that phase of its own
         if not self.progress.is_phase_end or self.saver.saved_step != self.progress.step:
-            self.progress = advance(self.progress, is_phase_end=True)
+            self.progress = replace(self.progress, is_phase_end=True)
             self.save(phase.optimizer, regular=True)
 
     def evaluate(self, name: str, *, step: int | None = None) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class Run:
             self.progress = self.saver.save(
                 self.session.policy.model,
                 optimizer,
-                advance(self.progress, seconds=self.seconds, controllers=controllers),
+                replace(self.progress, seconds=self.seconds, controllers=controllers),
                 scores=self.scores(),
                 regular=regular,
             )
@@ -246,7 +246,7 @@ class Phase:
         run = self.run
         session = run.session
         caps = (*run.progress.caps[: self.index], step + 1)
-        run.progress = advance(
+        run.progress = replace(
             run.progress,
             phase=self.index,
             phase_steps=step + 1,
@@ -303,7 +303,7 @@ class Phase:
         run, count = self.run, len(self.loss.stage_coefs)
         verdict = self.entropy.update(metrics, count, step=step, at=run.progress.step)
         controllers = {**run.progress.controllers, **self.entropy.state_dict()}
-        run.progress = advance(run.progress, controllers=controllers)
+        run.progress = replace(run.progress, controllers=controllers)
         return verdict
 
     def _log(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
@@ -346,7 +346,7 @@ def _start(run: Run, index: int, length: int) -> Phase:
         checkpoint.load_controller(entropy, run.progress.controllers, resume.path)
         run.reporter.line(f"resumed from {resume.path} (step {resume.progress.step})")
     else:
-        run.progress = advance(run.progress, phase=index, phase_steps=0, controllers={})
+        run.progress = replace(run.progress, phase=index, phase_steps=0, controllers={})
     with timing.timer("sync"):
         session.engine.sync(model, run.progress.step)
     run.reporter.line(

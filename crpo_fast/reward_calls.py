@@ -53,7 +53,6 @@ class RewardTable:
         total: [N] weighted sums of the functions that apply; NaN where none applies or one of them
             failed.
         parts: function name -> [N] unweighted values; None where it does not apply or failed.
-        failures: how many values were NaN or infinite, or are missing because a call failed.
         errors: what failed, in order of sample.
         recovered: how many samples got their values from a second call of their group.
         not_run: how many samples were not scored, because too many had failed before.
@@ -61,7 +60,6 @@ class RewardTable:
 
     total: list[float]
     parts: dict[str, list[float | None]]
-    failures: int
     errors: tuple[RewardFailure, ...] = ()
     recovered: int = 0
     not_run: int = 0
@@ -184,11 +182,10 @@ def add_up(
         errors: what failed.
         counts: further fields of the table.
     """
-    failures = sum(v is not None and not math.isfinite(v) for part in parts.values() for v in part)
     total = [_weighted_sum(row, weights) for row in zip(*parts.values(), strict=True)]
     clean = {name: [_finite_or_none(v) for v in part] for name, part in parts.items()}
     ordered = tuple(sorted(errors, key=lambda e: e.sample))
-    return RewardTable(total if parts else [math.nan] * count, clean, failures, ordered, **counts)
+    return RewardTable(total if parts else [math.nan] * count, clean, ordered, **counts)
 
 
 def _weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float:

@@ -121,7 +121,7 @@ class InProcessRewards:
             errors += [replace(e, sample=e.sample + start) for e in table.errors]
             for name, values in table.parts.items():
                 parts[name] += values
-        return RewardTable(total, parts, len(errors), tuple(errors))
+        return RewardTable(total, parts, tuple(errors))
 
 
 class RewardPool:

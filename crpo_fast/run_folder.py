@@ -293,8 +293,3 @@ def _with_reference(config: Config, path: Path, progress: Progress) -> Resume:
     if needed and start is None:
         raise CheckpointError(path, f"no KL reference, the end of phase {progress.phase}: {why}")
     return Resume(progress, path, start)
-
-
-def advance(progress: Progress, **changes: Any) -> Progress:
-    """``progress`` with changes."""
-    return replace(progress, **changes)

@@ -148,7 +148,7 @@ def optimizer_step(
 def _add_stats(sums: Sums, stats: Any, batch: MicroBatch, spec: LossSpec) -> None:
     for name, (total, count) in stats.sums().items():
         if name != "num_tokens":
-            sums.add({"is_clipped": "clip_fraction"}.get(name, name), total, count)
+            sums.add(name, total, count)
     stage_ids, entropy = batch.vectors["stage_ids"], stats.entropy
     for k in range(len(spec.stage_coefs)):
         mask = stage_ids == k

@@ -314,7 +314,7 @@ class ScriptedTask:
         }
         pairs = zip(rows, completions, strict=True)
         total = [of_label[r.label](int(c)) for r, c in pairs]
-        return RewardTable(total, {"scripted": list(total)}, 0)
+        return RewardTable(total, {"scripted": list(total)})
 
 
 def collected(

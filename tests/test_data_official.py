@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 
 from crpo_fast import data
 from crpo_fast.data import LABEL_SETS, load_cold_start, load_official
-from crpo_fast.synthetic import FIXTURE_ROWS, write_fixtures
-from data_files import ASK, HEADER, STAGED, WHOLE, cold, message, write, write_set
+from data_files import (
+    ASK,
+    FIXTURE_ROWS,
+    HEADER,
+    STAGED,
+    WHOLE,
+    cold,
+    message,
+    write,
+    write_fixtures,
+    write_set,
+)
 
 
 def test_the_eight_label_sets_and_sad_are_the_published_strings():

@@ -245,7 +245,7 @@ def test_stats_and_sums_by_hand():
         "ratio": 2.5,
         "kl": float(kl),
         "rho": 3.0,
-        "is_clipped": 2.0,
+        "clip_fraction": 2.0,
         "is_top1": 1.0,
     }
     assert list(sums) == list(expected)

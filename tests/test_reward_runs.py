@@ -25,9 +25,9 @@ TINY = str(Path(__file__).with_name("tiny.toml"))
 
 def test_counts_over_ranks_and_lines():
     nan, rows = math.nan, [Row("t", "l", dataset_id=d) for d in ("A", "A", "B", "B")]
-    first = RewardTable([1.0] * 4, {"f": [1.0] * 4}, 0)
+    first = RewardTable([1.0] * 4, {"f": [1.0] * 4})
     failed = (RewardFailure("nan", "f", 1, "returned nan"), RewardFailure("crash", "g", 3, "gone"))
-    second = RewardTable([1.0, nan, nan, nan], {}, 2, failed, recovered=2, not_run=1)
+    second = RewardTable([1.0, nan, nan, nan], {}, failed, recovered=2, not_run=1)
     sums, notes = [Sums(), Sums()], [{}, {}]
     for s, note, table in zip(sums, notes, (first, second), strict=True):
         reward_errors.record(s, table)

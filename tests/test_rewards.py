@@ -156,7 +156,7 @@ def test_score_adds_up_what_applies():
         "only_yes": [1.0, None],
         "slow_length": [3.0, 5.0],
     }
-    assert table.failures == 0
+    assert table.errors == ()
 
 
 def test_score_with_the_built_in_functions():
@@ -201,13 +201,13 @@ def test_nan_is_counted_and_none_is_not():
         return [math.nan, 1.0, None, math.inf]
 
     table = score([broken, short], [1.0, 1.0], [""] * 4, ["ab"] * 4, {})
-    assert table.failures == 2
+    assert [e.sample for e in table.errors] == [0, 3]
     assert table.parts["broken"] == [None, 1.0, None, None]
     assert [math.isnan(t) for t in table.total] == [True, False, False, True]
     assert table.total[1:3] == [2.0, 1.0]
     nothing = score([only_yes], [1.0], ["p"], ["c"], {"answer": ["No"]})
     assert math.isnan(nothing.total[0])
-    assert nothing.failures == 0
+    assert nothing.errors == ()
 
 
 def test_two_functions_of_one_name():

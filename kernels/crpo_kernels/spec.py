@@ -158,7 +158,7 @@ class TokenStats(NamedTuple):
     is_counted: Tensor  # [T] bool, the row is labelled
 
     def sums(self) -> dict[str, Tensor]:
-        """Name -> fp64 ``[2]`` (sum, count) over the counted rows.
+        """Name -> fp64 ``[2]`` (sum, count) over the counted rows; ``is_clipped`` as clip_fraction.
 
         ``torch.stack(list(stats.sums().values()))`` is one tensor for one all-reduce, and
         ``total, count = stats.sums()["entropy"]`` unpacks one entry. ``num_tokens`` holds the count
@@ -169,5 +169,6 @@ class TokenStats(NamedTuple):
         names = ("token_loss", "logprobs", "entropy", "ratio", "kl", "rho", "is_clipped", "is_top1")
         sums = {"num_tokens": torch.stack((count, count))}
         for name in names:
-            sums[name] = torch.stack((getattr(self, name).sum(dtype=dtype), count))
+            total = getattr(self, name).sum(dtype=dtype)
+            sums["clip_fraction" if name == "is_clipped" else name] = torch.stack((total, count))
         return sums
