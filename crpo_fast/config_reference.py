@@ -1,7 +1,7 @@
 """docs/config.md from config.py: `python -m crpo_fast.config_reference` writes it.
 
 A section's text is the docstring of its dataclass; a key's is the comment on its line, which --help
-shows, too.
+shows, too; its range is that of config_ranges.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from crpo_fast import config
+from crpo_fast.config_ranges import RANGES
 
 PAGE = config.REPOSITORY / "docs" / "config.md"
 _HEAD = """# Every key of the configuration
@@ -29,7 +30,7 @@ Every key that the file or its defaults have is a flag: `--optim.lr 2e-6`; a swi
 of the file `--phases.0.steps 20`, and `None` is typed where the type allows it. `[[stages]]` and
 further `[[phases]]` stand in the file.
 """
-_TABLE = "| key | type | default | |\n| --- | --- | --- | --- |\n"
+_TABLE = "| key | type | default | range | |\n| --- | --- | --- | --- | --- |\n"
 
 
 def comments(source: str) -> dict[str, dict[str, str]]:
@@ -67,7 +68,7 @@ def page() -> str:
     for name, cls in sections():
         heading = f"`[{name}]`" if name else "Top level"
         intro = "" if cls is config.Config else f"{_intro(cls)}\n\n"
-        rows = "".join(_rows(cls, texts[cls.__name__]))
+        rows = "".join(_rows(cls, name.strip("[]"), texts[cls.__name__]))
         parts.append(f"## {heading}\n{intro}{_TABLE}{rows}")
     return "\n".join(parts)
 
@@ -77,12 +78,14 @@ def _intro(cls: Any) -> str:
     return "\n".join(lines).replace("``", "`")
 
 
-def _rows(cls: Any, texts: dict[str, str]) -> list[str]:
+def _rows(cls: Any, section: str, texts: dict[str, str]) -> list[str]:
     hints, rows = typing.get_type_hints(cls), []
     for field in dataclasses.fields(cls):
         if _section(hints[field.name])[0] is None:
             kind = field.type if isinstance(field.type, str) else str(field.type)
-            cells = (f"`{field.name}`", f"`{kind}`", _default(field), texts[field.name])
+            name = f"{section}.{field.name}" if section else field.name
+            allowed = RANGES[name].words if name in RANGES else ""
+            cells = (f"`{field.name}`", f"`{kind}`", _default(field), allowed, texts[field.name])
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
     return rows
 

@@ -9,6 +9,7 @@ import pytest
 
 from crpo_fast import config, config_reference
 from crpo_fast.config_checks import AGGREGATIONS, ALGORITHMS
+from crpo_fast.config_ranges import RANGES
 from crpo_fast.stage_presets import PRESETS
 from crpo_fast.stages import SCHEDULES
 
@@ -44,6 +45,9 @@ def test_every_key_is_described() -> None:
     assert described["model.build.tie_embeddings"][:2] == ["bool", "true"]
     assert described["entropy.reference_length"][:2] == ["int / None", "None"]
     assert described["stages.name"][:2] == ["str", ""]
+    ranged = {name for name, cells in described.items() if cells[2]}
+    assert ranged == RANGES.keys()
+    assert described["phases.steps"][2] == "a positive number"
 
 
 def test_choices_are_named() -> None:
