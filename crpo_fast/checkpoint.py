@@ -138,7 +138,6 @@ def _write(
     os.replace(temporary, target)
     files.flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-    files.write_text(target.parent / "latest", target.name)
 
 
 def _temporary(target: Path) -> Path:
@@ -237,6 +236,11 @@ def _tied(model: Any, weights: dict[str, Tensor]) -> list[str]:
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimizer state of a checkpoint; its settings stay those of the config.
 
+    Args:
+        path: of the checkpoint.
+        model: the (sharded) policy.
+        optimizer: a fresh one.
+
     Raises:
         CheckpointError: it is the state of other parameters.
     """
@@ -249,7 +253,9 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimize
     for key, value in load_file(path / files.OPTIMIZER).items():
         name, _, kind = key.partition(files.SEPARATOR)
         state.setdefault(name, {})[kind] = value
-    kinds = set().union(*state.values()) if state else set()
+    if not state:  # no update so far was done: torch would make up the state of one
+        return
+    kinds = set().union(*state.values())
     tensors = {f"{n} {k}": v for n, s in state.items() for k, v in s.items()}
     expected = {
         f"{n} {k}": torch.Size() if k == "step" else s for n, s in shapes.items() for k in kinds
@@ -320,6 +326,11 @@ def prune(folder: Path, keep: int, progress: Progress) -> None:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
+
+
+def mark_latest(folder: Path, step: int) -> None:
+    """Write ``folder/latest``; for people, nothing reads it."""
+    files.write_text(folder / "latest", f"step_{step}")
 
 
 def mark_best(folder: Path, best: Best | None) -> None:

@@ -281,6 +281,11 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Whole optimizer state on the CPU of rank 0 (empty on the others). A collective."""
+    if not optimizer.state:  # before the first update; torch would do one with zero gradients
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        own = optimizer.param_groups
+        groups = [{**group, "params": [names[p] for p in group["params"]]} for group in own]
+        return {"state": {}, "param_groups": groups}
     return get_optimizer_state_dict(model, optimizer, options=_FULL)
 
 

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from crpo_fast.config import Config
+
+
+def same_command(config: Config | None) -> str:
+    """What continues a run; None: refused before there was a config.
+
+    ``--run.resume never`` would move the run aside; with ``best`` or a folder the second start of
+    the same run continues (`run_folder`).
+    """
+    is_never = config is not None and config.run.resume == "never"
+    return "same command with --run.resume auto" if is_never else "same command"
+
 
 class Stopped(Exception):
     """The run was asked to stop; its state is saved."""

@@ -21,7 +21,9 @@ import psutil
 import torch
 
 from crpo_fast import distributed, timing
+from crpo_fast.config import Config
 from crpo_fast.distributed import BackendError
+from crpo_fast.endings import same_command
 
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|timeout|nccl|gloo", re.I
@@ -35,15 +37,19 @@ class Peers:
         rank: of this process; torchrun's, when not given.
         size: number of ranks.
         store: what all ranks can read and write (torchrun's); None for a single rank.
-        timeout: seconds that a collective may wait; for the messages.
+        config: of the run; for the messages.
     """
 
     def __init__(
-        self, rank: int | None = None, size: int = 1, store: Any = None, timeout: float = math.inf
+        self,
+        rank: int | None = None,
+        size: int = 1,
+        store: Any = None,
+        config: Config | None = None,
     ) -> None:
         # before they know each other, the first rank of every machine speaks
         self._speaks = size > 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-        self.rank, self.size, self.timeout = rank or 0, size, timeout
+        self.rank, self.size, self._config = rank or 0, size, config
         self._store = store
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -86,8 +92,8 @@ class Peers:
             self._say(
                 f"rank {self.rank}: out of memory in {timing.failed_activity()} "
                 f"({str(error).splitlines()[0]}). Type a smaller --train.token_budget or "
-                "--model.activation_checkpointing; the same command continues from the last "
-                "checkpoint."
+                f"--model.activation_checkpointing; the {same_command(self._config)} continues "
+                "from the last checkpoint."
             )
             return 1
         self._claim()
@@ -119,7 +125,8 @@ class Peers:
         waited = bool(re.search("timed out|timeout", cause, re.I))
         gone = self._gone(0.0 if waited else 2.0)
         if waited:
-            what = f"waited more than train.timeout = {self.timeout:g} s for the other ranks"
+            timeout = self._config.train.timeout if self._config else math.inf
+            what = f"waited more than train.timeout = {timeout:g} s for the other ranks"
             advice = (
                 "Raise --train.timeout if a rank may take that long, or look at the one that hangs "
                 "(py-spy dump --pid <pid>)."
@@ -133,7 +140,7 @@ class Peers:
         return (
             f"rank {self.rank} of {self.size} {what} while in {here}"
             f"{f' ({cause})' if cause else ''}. Last seen: {doing or 'unknown'}. {advice} "
-            "The same command continues from the last checkpoint."
+            f"The {same_command(self._config)} continues from the last checkpoint."
         )
 
     def _gone(self, patience: float) -> list[int]:

@@ -21,7 +21,7 @@ from crpo_fast.alarm import Verdict
 from crpo_fast.checkpoint import Progress, SaveError
 from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.console import Reporter, notice
-from crpo_fast.endings import EntropyExplosionError, Stopped, StopSignal
+from crpo_fast.endings import EntropyExplosionError, Stopped, StopSignal, same_command
 from crpo_fast.entropy_watch import EntropyWatch
 from crpo_fast.evaluate import evaluate
 from crpo_fast.experience import Experience
@@ -33,12 +33,12 @@ from crpo_fast.optim import build_optimizer
 from crpo_fast.policy import Policy
 from crpo_fast.probes import Probes
 from crpo_fast.results import Evaluations, write_results
-from crpo_fast.run_folder import Resume, RunFolder, phase_lengths
+from crpo_fast.run_folder import Resume, RunFolder, needs_phase_start, phase_lengths
 from crpo_fast.saving import Saver
 from crpo_fast.session import Session
 from crpo_fast.task import stratified
 from crpo_fast.traces import is_due
-from crpo_fast.updates import UpdatePlan
+from crpo_fast.updates import UpdatePlan, update_plan
 from crpo_fast.watch import PhaseLine, tokens_and_seconds
 
 
@@ -120,7 +120,16 @@ class Run:
         # a run that starts from another run's checkpoint has no end of that phase of its own
         if not self.progress.is_phase_end or self.saver.saved_step != self.progress.step:
             self.progress = replace(self.progress, is_phase_end=True)
-            self.save(phase.optimizer, regular=True)
+            is_saved, following = self.save(phase.optimizer, regular=True), phase.index + 1
+            if is_saved or following == len(self.config.phases):
+                return
+            if needs_phase_start(self.config, following):
+                raise SaveError(
+                    f"phase {following} could not be saved at its end (the warning says why), and "
+                    f"phase {following + 1} cannot be resumed without it (its KL reference). Mend "
+                    f"that, then type the {same_command(self.config)}: it continues from step "
+                    f"{max(self.saver.saved_step, 0)}."
+                )
 
     def evaluate(self, name: str, *, step: int | None = None) -> dict[str, Any]:
         """Evaluate the weights of now under ``name``; a resumed run reads the earlier result.
@@ -200,8 +209,8 @@ class Run:
         failure = distributed.all_gather(failure, self.session.world)[0]
         if failure:
             raise SaveError(
-                f"{failure}. Free space, then type the same command: it continues from step "
-                f"{max(self.saver.saved_step, 0)}."
+                f"{failure}. Free space, then type the {same_command(self.config)}: it continues "
+                f"from step {max(self.saver.saved_step, 0)}."
             )
 
 
@@ -224,8 +233,9 @@ class Phase:
     def steps(self) -> Iterator[int]:
         """The 0-based steps of the phase that are not done."""
         self._first = self.run.progress.phase_steps
-        if 0 < self._first < self.length:
-            self._evaluate(self._first)  # when a signal came before it
+        if self._first:  # when a signal or an error came before these
+            self._probe(self._first)
+            self._evaluate(self._first)
         self.run.reporter.begin(self.line.begin(self._first))
         timing.lap()  # the first step's seconds begin here
         for step in range(self._first, self.length):
@@ -262,8 +272,7 @@ class Phase:
         run.progress = run.saver.count_reward(run.progress, metrics.get("reward"))
         self._check_finite()
         self._check(metrics, verdict)
-        if self.config.algorithm != "sft" and is_due(step + 1, run.config.report.probe_every):
-            run.probes.answer(run.progress.step)
+        self._probe(step + 1)
         self._evaluate_and_save(step + 1)
 
     def _evaluate_and_save(self, done: int) -> None:
@@ -279,6 +288,11 @@ class Phase:
         is_best = done < self.length and run.saver.is_best(run.progress, run.scores())
         if regular or is_best:
             run.save(self.optimizer, regular=regular)
+
+    def _probe(self, done: int) -> None:
+        every = self.run.config.report.probe_every
+        if self.config.algorithm != "sft" and is_due(done, every):
+            self.run.probes.answer(self.run.progress.step)
 
     def _evaluate(self, done: int) -> None:
         every = self.run.config.eval.every
@@ -378,11 +392,3 @@ def _start(run: Run, index: int, length: int) -> Phase:
 
 def _records(run: Run, count: int) -> list[dict[str, Any]]:
     return run.metrics.read()[-count:] if count else []
-
-
-def update_plan(config: Config, phase: PhaseConfig) -> UpdatePlan:
-    """Several updates belong to rollouts alone."""
-    if phase.algorithm == "sft":
-        return UpdatePlan()
-    updates = config.train.updates_per_rollout
-    return UpdatePlan(updates, config.train.minibatches or updates, config.rollout.group_size)

@@ -25,7 +25,6 @@ from crpo_fast.distributed import World
 from crpo_fast.live_bytes import LiveBytes, storage_bytes
 from crpo_fast.loss import LossSpec, loss_spec, micro_batch_loss
 from crpo_fast.packing import MicroBatch, Sequence
-from crpo_fast.phases import update_plan
 from crpo_fast.policy import HeadFunction, Policy
 from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.sampling import sample
@@ -33,6 +32,7 @@ from crpo_fast.rollout.static import StaticEngine
 from crpo_fast.session import DTYPES
 from crpo_fast.step import micro_batches
 from crpo_fast.task import build_grammar
+from crpo_fast.updates import update_plan
 
 ModelMaker = Callable[[], Any]  # makes the initial model; called while tensors are fake
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from crpo_fast import distributed
 from crpo_fast.batch import Row
+from crpo_fast.endings import same_command
 from crpo_fast.metrics import Sums
 from crpo_fast.reward_calls import ERROR_KINDS, RewardError, RewardTable
 
@@ -83,12 +84,12 @@ def check(run: Run, batch: Experience, optimizer: Optimizer) -> None:
 
 def _kept(run: Run, optimizer: Optimizer) -> str:
     """What becomes of the steps before this one; they are saved if they were not."""
-    progress, saved = run.progress, run.saver.saved_step
+    progress, saved, again = run.progress, run.saver.saved_step, same_command(run.config)
     if progress.step != saved and progress.step == run.resume.progress.step:
-        return "This start has done no step yet: the same command begins there again."
+        return f"This start has done no step yet: the {again} begins there again."
     # the weights of a phase's start are its predecessor's, which has tried to save them
     if progress.step == saved or (progress.phase_steps and run.save(optimizer)):
-        return "The state is saved: the same command continues."
+        return f"The state is saved: the {again} continues."
     return "Saving failed."
 
 

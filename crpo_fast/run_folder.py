@@ -281,10 +281,14 @@ def _is_prefix(progress: Progress, lengths: list[int]) -> bool:
     )
 
 
+def needs_phase_start(config: Config, phase: int) -> bool:
+    """Must the checkpoint at the end of the phase before be there to resume ``phase``?"""
+    return phase > 0 and loss_spec(config, config.phases[phase], []).objective.kl_coef > 0
+
+
 def _with_reference(config: Config, path: Path, progress: Progress) -> Resume:
     """The resume point with the start of its phase, which the KL reference needs."""
-    phase = config.phases[progress.phase]
-    needed = progress.phase > 0 and loss_spec(config, phase, []).objective.kl_coef > 0
+    needed = needs_phase_start(config, progress.phase)
     start, why = None, "it is not beside it"
     try:
         start = checkpoint.phase_end(path.parent, progress) if needed else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from crpo_fast import checkpoint
 from crpo_fast.checkpoint import Best, Progress, SaveError
+from crpo_fast.checkpoint_files import one_line
 from crpo_fast.config import Config
 from crpo_fast.console import Reporter
 from crpo_fast.distributed import World
@@ -44,6 +46,7 @@ class Saver:
     Attributes:
         saved_step: the step of the newest checkpoint of this folder that is known to be whole, -1:
             none.
+        lapses: how often `latest`, `best` or the removal of old checkpoints failed in this start.
     """
 
     config: Config
@@ -52,6 +55,7 @@ class Saver:
     reporter: Reporter
     logs: tuple[Log, ...]
     saved_step: int = -1
+    lapses: int = 0
 
     @property
     def metric(self) -> str:
@@ -81,8 +85,7 @@ class Saver:
         if self.saved_step != progress.step:
             return progress
         progress = self.judged(progress, scores)
-        if self.world.is_main:
-            checkpoint.mark_best(self.folder.checkpoints, progress.best)
+        self._settle("writing best", checkpoint.mark_best, progress.best)
         return progress
 
     def count_reward(self, progress: Progress, reward: float | None) -> Progress:
@@ -128,10 +131,24 @@ class Saver:
             self._warn(error)
             return replace(progress, best=best)
         self.saved_step = progress.step
-        if self.world.is_main:
-            checkpoint.mark_best(folder, progress.best)
-            checkpoint.prune(folder, self.config.checkpoint.keep, progress)
+        self._settle("writing latest", checkpoint.mark_latest, progress.step)
+        self._settle("writing best", checkpoint.mark_best, progress.best)
+        keep = self.config.checkpoint.keep
+        self._settle("removing old checkpoints", checkpoint.prune, keep, progress)
         return progress
+
+    def _settle(self, what: str, act: Callable[..., None], *args: Any) -> None:
+        """Do what the checkpoints are whole without (rank 0); a failure is said and counted."""
+        if not self.world.is_main:
+            return
+        try:
+            act(self.folder.checkpoints, *args)
+        except OSError as error:
+            self.lapses += 1
+            self.reporter.warning(
+                f"{self.folder.checkpoints}: {what} failed ({one_line(error)}), {self.lapses} such "
+                f"failure(s) since the start; step_{self.saved_step} is whole and training goes on"
+            )
 
     def _warn(self, error: SaveError) -> None:
         newest = (

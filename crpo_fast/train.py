@@ -46,6 +46,7 @@ from crpo_fast.endings import (  # noqa: E402
     MismatchError,
     Stopped,
     StopSignal,
+    same_command,
 )
 from crpo_fast.entropy_watch import EntropyWatch  # noqa: E402
 from crpo_fast.experience import Experience  # noqa: E402
@@ -204,7 +205,7 @@ def run(config: Config, world: World, reporter: Reporter, scorer: Scorer, last: 
         train(life)
     except Stopped as reason:
         reporter.closing(
-            f"stopped by {reason}; saved. The same command continues: "
+            f"stopped by {reason}; saved. The {same_command(config)} continues: "
             f"--run.dir {opened.folder.path}"
         )
 
@@ -251,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trackers.check(config.track)
             scorer = last.enter_context(open_rewards(config))
             world = distributed.init(config.train.threads, config.train.timeout)
-            peers = Peers(world.rank, world.size, world.store, timeout=config.train.timeout)
+            peers = Peers(world.rank, world.size, world.store, config)
             peers.watch()
             reporter = Reporter(enabled=world.is_main, quiet=config.quiet)
             with contextlib.closing(reporter):  # ends the live line before a message

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.loss import LossSpec
 from crpo_fast.metrics import Sums
 from crpo_fast.mismatch import finish_mismatch
@@ -55,6 +56,14 @@ class UpdatePlan:
             [s for group in groups[m :: self.minibatches] for s in group]
             for m in range(self.minibatches)
         ]
+
+
+def update_plan(config: Config, phase: PhaseConfig) -> UpdatePlan:
+    """Several updates belong to rollouts alone."""
+    if phase.algorithm == "sft":
+        return UpdatePlan()
+    updates = config.train.updates_per_rollout
+    return UpdatePlan(updates, config.train.minibatches or updates, config.rollout.group_size)
 
 
 def add_old_logprobs(

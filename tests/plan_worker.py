@@ -25,12 +25,12 @@ from crpo_fast.live_bytes import LiveBytes, storage_bytes
 from crpo_fast.loss import loss_spec
 from crpo_fast.optim import build_optimizer
 from crpo_fast.packing import Sequence
-from crpo_fast.phases import update_plan
 from crpo_fast.policy import Policy
 from crpo_fast.rollout.static import StaticEngine
 from crpo_fast.session import DTYPES, built_model
 from crpo_fast.step import micro_batches, optimizer_step
 from crpo_fast.task import build_grammar
+from crpo_fast.updates import update_plan
 
 
 class RealStep:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from crpo_fast import checkpoint_files, results
+from crpo_fast import checkpoint, checkpoint_files, results
 from crpo_fast.metrics import JsonLines
 from test_run_folder import SHORT, logged, run, steps
 
@@ -84,9 +84,6 @@ def test_a_full_disk_costs_the_checkpoint_alone(
 def test_results_that_do_not_fit_end_with_status_1_and_can_be_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     run_dir = tmp_path / "r"
     monkeypatch.setattr(results.models, "export_model", full)
     assert run(run_dir, *SHORT) == 1
@@ -98,3 +95,52 @@ def test_results_that_do_not_fit_end_with_status_1_and_can_be_written_later(
     assert run(run_dir, *SHORT) == 0
     assert "step_6 (step 6)" in capsys.readouterr().out
     assert (run_dir / "final" / "model.safetensors").exists()
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_end_of_a_phase_that_the_next_one_needs_must_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else no checkpoint of the next phase, whose KL reference it is, could be resumed."""
+    limited(monkeypatch, 1000, range(3, 4), stop_at=99)
+    assert run(tmp_path / "r", *SHORT) == 1
+    error = capsys.readouterr().err
+    assert "phase 1 could not be saved at its end" in error
+    assert "type the same command: it continues from step 1." in error
+    assert steps(tmp_path / "r") == {"step_1"}
+    monkeypatch.undo()
+    assert run(tmp_path / "r", *SHORT) == 0
+    assert logged(tmp_path / "r") == [1, 2, 3, 4, 5, 6]
+    limited(monkeypatch, 1000, range(3, 4), stop_at=99)  # without a KL term nothing needs it
+    assert run(tmp_path / "n", *SHORT, "--objective.kl_coef", "0") == 0
+    assert "step_2 could not be written" in capsys.readouterr().out
+    assert "step_6" in steps(tmp_path / "n")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("mark_latest", "writing latest"), ("mark_best", "writing best"), ("prune", "removing old")],
+)
+def test_what_a_whole_checkpoint_does_not_need_costs_a_warning(
+    tmp_path: Path,
+    name: str,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real, calls = getattr(checkpoint, name), []
+
+    def first_fails(*arguments: Any) -> None:
+        calls.append(arguments)
+        (full if len(calls) == (2 if name == "mark_best" else 1) else real)(*arguments)
+
+    monkeypatch.setattr(checkpoint, name, first_fails)  # mark_best is called at the start as well
+    assert run(tmp_path / "r", *SHORT, "--train.max_steps", "1") == 0
+    out = capsys.readouterr().out
+    assert f"checkpoints: {what}" in out
+    assert "1 such failure(s) since the start; step_1 is whole and training goes on" in out
+    assert "could not be written" not in out
+    assert (tmp_path / "r" / "checkpoints" / "latest").read_text() == "step_2"

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from crpo_fast import nonfinite, step, train
+from crpo_fast import distributed, nonfinite, step, train
 from crpo_fast.distributed import World
 from crpo_fast.metrics import JsonLines, Sums
 from crpo_fast.packing import Sequence, pack
@@ -58,6 +58,36 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 def state(run_dir: Path, number: int, name: str) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "checkpoints" / f"step_{number}" / f"{name}.safetensors")
+
+
+def test_a_run_whose_first_update_is_skipped_resumes_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither saving nor loading gives the optimizer the state of an update that was not done."""
+    poison(monkeypatch, {1})
+    ends, options = [], ("--phases.1.steps", "1", "--checkpoint.best", "none")
+    for name, caps in (("saved", [2]), ("stopped", [1, 2]), ("unsaved", [2])):
+        for cap in caps:
+            every = ("--checkpoint.every", "0") if name == "unsaved" else ()
+            assert run(tmp_path / name, *options, *every, "--train.max_steps", str(cap)) == 0
+        if name == "stopped":
+            assert state(tmp_path / name, 1, "optimizer") == {}
+        ends.append(state(tmp_path / name, 2, "optimizer"))
+    for end in ends:
+        assert {float(v) for k, v in end.items() if k.endswith("|step")} == {1.0}
+        assert all(torch.equal(v, ends[0][k]) for k, v in end.items())
+
+
+def test_saving_does_no_update_for_an_optimizer_that_did_none() -> None:
+    """As after steps in which dynamic sampling found nothing: there are no gradients either."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    saved = distributed.optimizer_state(model, optimizer)
+    assert saved["state"] == {}
+    assert not optimizer.state
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert distributed.optimizer_state(model, optimizer)["param_groups"] == saved["param_groups"]
 
 
 def test_skipped_steps_change_nothing_but_the_counts(

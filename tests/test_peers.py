@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from crpo_fast.config import parse_arguments
 from crpo_fast.peers import Peers
 
 
-def pair() -> tuple[Peers, Peers]:
+def pair(resume: str = "auto") -> tuple[Peers, Peers]:
     store = dist.HashStore()
-    return Peers(0, 2, store, 5.0), Peers(1, 2, store, 5.0)
+    config = parse_arguments(["--train.timeout", "5", "--run.resume", resume])
+    return Peers(0, 2, store, config), Peers(1, 2, store, config)
 
 
 def test_the_first_rank_speaks_the_others_leave(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +41,17 @@ def test_errors_of_torch_become_one_line(
     assert said in err
     assert err.count("\n") == 1
     assert "/x/" not in err
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_the_command_that_continues_moves_nothing_aside(
+    resume: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error in (RuntimeError("Connection closed by peer"), torch.OutOfMemoryError("CUDA")):
+        assert pair(resume)[0].explain(error) == 1
+        err = capsys.readouterr().err
+        assert "ame command" in err
+        assert ("ame command with --run.resume auto continues" in err) == (resume == "never")
 
 
 def test_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
