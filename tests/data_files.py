@@ -76,9 +76,5 @@ def write_fixtures(root: Path) -> None:
             path = folder / f"{split}_clean.csv"
             with path.open("w", encoding="utf-8-sig" if windows else "utf-8", newline="") as file:
                 writer = csv.writer(file, lineterminator="\r\n" if windows else "\n")
-                writer.writerows(
-                    [
-                        ("text", "label", "mental_prompt"),
-                        *(row[1:] for row in FIXTURE_ROWS if row[0] == name),
-                    ]
-                )
+                writer.writerow(HEADER.strip().split(","))
+                writer.writerows(row[1:] for row in FIXTURE_ROWS if row[0] == name)
