@@ -62,7 +62,8 @@ def run_one(variant: str, seed: int, folder: Path, threads: int) -> dict[str, An
     entropies = [
         [v for k, v in sorted(r.items()) if k.startswith("stage_entropy/")] for r in records
     ]
-    trained = [max(e) for e, r in zip(entropies, records, strict=True) if r["phase"] != "sft"]
+    pairs = zip(entropies, records, strict=True)
+    trained = [v for e, r in pairs if r["phase"] != "sft" for v in e if v is not None]
     crpo = [r for r in records if r["phase"] == "crpo"]
     return {
         "variant": variant,

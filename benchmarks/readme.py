@@ -34,7 +34,8 @@ def record(run_dir: Path, name: str, command: str, machine: dict[str, Any]) -> d
     """What a finished run of ``configs/<name>.toml`` showed; see ``smollm2_block``."""
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rewards = [r["reward"] for r in map(json.loads, lines) if "reward" in r]
+    records = map(json.loads, lines)
+    rewards = [r["reward"] for r in records if r.get("reward") is not None]
     size = max(1, len(rewards) // 4)
     evaluations = json.loads((run_dir / "evaluations.json").read_text(encoding="utf-8"))
     return {

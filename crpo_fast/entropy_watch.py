@@ -9,6 +9,7 @@ from crpo_fast import alarm, controller
 from crpo_fast.alarm import EntropyAlarm, Verdict
 from crpo_fast.config import EntropyConfig, PhaseConfig
 from crpo_fast.controller import StageController
+from crpo_fast.metrics import Metrics
 from crpo_fast.stages import StageGrammar
 
 
@@ -36,16 +37,16 @@ class EntropyWatch:
         """Coefficients of the phase's 0-based ``step``; ``default`` without a controller."""
         return default if self.controller is None else self.controller.coefs(step)
 
-    def update(self, metrics: dict[str, float], num_stages: int, *, step: int, at: int) -> Verdict:
+    def update(self, metrics: Metrics, num_stages: int, *, step: int, at: int) -> Verdict:
         """Take up the entropies of a step; adds targets and gaps to ``metrics``.
 
         Args:
-            metrics: of the step, over all ranks; the mean of a stage that does not occur is 0.
+            metrics: of the step, over all ranks; None for a stage that does not occur.
             num_stages: K.
             step: 0-based step of the phase.
             at: step of the run, for messages.
         """
-        entropies = [metrics[f"stage_entropy/{k}"] or None for k in range(num_stages)]
+        entropies = [metrics[f"stage_entropy/{k}"] for k in range(num_stages)]
         targets = None
         if self.controller is not None:
             metrics.update(self.controller.update(step, entropies))

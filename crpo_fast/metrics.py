@@ -15,6 +15,8 @@ from torch import Tensor
 
 from crpo_fast.console import notice
 
+Metrics = dict[str, float | None]  # of a step; None: the mean or extreme of nothing
+
 
 class Sums:
     """Means as (sum, count) pairs, totals, and extremes, by name.
@@ -85,14 +87,14 @@ class Sums:
         for name, value in other._peaks.items():
             self._peaks[name] = _larger(self._peaks.get(name, -math.inf), value)
 
-    def means(self, all_sum: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Means (a count of 0 gives 0), totals and extremes (0 where nothing was seen) by name."""
+    def means(self, all_sum: Callable[[Tensor], Tensor] | None = None) -> Metrics:
+        """Means and extremes (None where nothing was seen: 0 is a value) and totals by name."""
         sums = self if all_sum is None else self.reduced(all_sum)
-        found = {n: t / c if c else 0.0 for n, (t, c) in sorted(sums._pairs.items())}
+        found: Metrics = {n: t / c if c else None for n, (t, c) in sorted(sums._pairs.items())}
         found |= sums._totals
         for name, peak in sums._peaks.items():
             sign = -1.0 if name.endswith("/min") else 1.0
-            found[name] = 0.0 if peak == -math.inf else sign * peak
+            found[name] = None if peak == -math.inf else sign * peak
         return found
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from crpo_fast.config import RolloutConfig
 from crpo_fast.endings import MismatchError
-from crpo_fast.metrics import Sums
+from crpo_fast.metrics import Metrics, Sums
 from crpo_kernels import ObjectiveSpec
 
 _SQUARE = "rho/square"  # the mean of rho^2, which becomes rho/ess
@@ -59,11 +59,12 @@ def _is_cut(rho: Tensor, objective: ObjectiveSpec) -> Tensor:
     return above | (rho < objective.rho_floor) if objective.rho_mode == "mask" else above
 
 
-def finish_mismatch(metrics: dict[str, float]) -> None:
+def finish_mismatch(metrics: Metrics) -> None:
     """Turn the mean of rho^2 into the effective sample size."""
-    square = metrics.pop(_SQUARE, None)
-    if square is not None:
-        metrics["rho/ess"] = metrics["rho/mean"] ** 2 / square if square else 0.0
+    if _SQUARE in metrics:
+        square, mean = metrics.pop(_SQUARE), metrics["rho/mean"]
+        is_known = square is not None and mean is not None
+        metrics["rho/ess"] = (mean**2 / square if square else 0.0) if is_known else None
 
 
 @dataclass
@@ -83,19 +84,20 @@ class MismatchCheck:
         """The config's bound, wider for an engine whose logprobs are of what top_p keeps."""
         return cls(rollout.max_mismatch - (math.log(rollout.top_p) if renormalises else 0.0))
 
-    def update(self, metrics: dict[str, float]) -> None:
+    def update(self, metrics: Metrics) -> None:
         """Take up the metrics of a step; one without a good update says nothing.
 
         Raises:
             MismatchError: the bound is exceeded.
         """
-        if not self.is_due or "mismatch" not in metrics or not metrics["updates"]:
+        mismatch = metrics.get("mismatch")
+        if not self.is_due or mismatch is None or not metrics["updates"]:
             return
         self.is_due = False
-        if metrics["mismatch"] > self.bound:
+        if mismatch > self.bound:
             raise MismatchError(
                 "the engine serves other weights: mean |train - rollout logprob| is "
-                f"{metrics['mismatch']:.4f} nats on the first batch, the bound is {self.bound}. "
+                f"{mismatch:.4f} nats on the first batch, the bound is {self.bound}. "
                 "Same attention and dtype in both? Type --model.compute_dtype float32, or raise "
                 "--rollout.max_mismatch knowingly."
             )

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from crpo_fast import distributed
 from crpo_fast.console import notice
 from crpo_fast.distributed import World
-from crpo_fast.metrics import strict
+from crpo_fast.metrics import Metrics, strict
 from crpo_fast.packing import MicroBatch
 
 KEPT = 5  # folders
@@ -78,7 +78,7 @@ class Guard:
         model: nn.Module,
         batches: list[MicroBatch],
         logprobs: list[Tensor],
-        metrics: dict[str, float],
+        metrics: Metrics,
     ) -> None:
         """An update was skipped; ``where`` is step_<n>, which names the folder."""
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
@@ -138,7 +138,7 @@ def _write(
     model: nn.Module,
     batches: list[MicroBatch],
     logprobs: list[Tensor],
-    metrics: dict[str, float],
+    metrics: Metrics,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ def _write(
         "rank": world.rank,
         "world_size": world.size,
         "micro_batches": len(batches),
-        "metrics": {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()},
+        "metrics": {k: v if v is None or math.isfinite(v) else str(v) for k, v in metrics.items()},
         "gradients_not_finite": _not_finite(gradients)[:_NAMED],
         "weights_not_finite": _not_finite(parameters)[:_NAMED],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,10 @@ def write_plots(records: list[dict[str, Any]], stages: list[str], folder: Path) 
     }
     for name, (rows, series, label) in curves.items():
         drawn = {
-            title: [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+            title: [(r["step"], math.nan if r.get(key) is None else r[key]) for r in rows]
             for key, title in series.items()
         }
-        drawn = {title: points for title, points in drawn.items() if points}
+        drawn = {t: line for t, line in drawn.items() if any(not math.isnan(y) for _, y in line)}
         if drawn:
             write_svg(
                 folder / f"{name}.svg", drawn, title=label, xlabel="optimizer step", ylabel=label

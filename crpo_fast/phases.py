@@ -26,7 +26,7 @@ from crpo_fast.entropy_watch import EntropyWatch
 from crpo_fast.evaluate import evaluate
 from crpo_fast.experience import Experience
 from crpo_fast.loss import LossSpec, loss_spec
-from crpo_fast.metrics import JsonLines
+from crpo_fast.metrics import JsonLines, Metrics
 from crpo_fast.mismatch import MismatchCheck
 from crpo_fast.nonfinite import Guard, is_finite
 from crpo_fast.optim import build_optimizer
@@ -244,7 +244,7 @@ class Phase:
             self.loss = replace(self.loss, stage_coefs=coefs)
             yield step
 
-    def finish_step(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
+    def finish_step(self, step: int, metrics: Metrics, batch: Experience) -> None:
         """After the update: sync, check, log, evaluate, save.
 
         Raises:
@@ -304,7 +304,7 @@ class Phase:
         if guard.is_exhausted:
             raise guard.error(self.run.save(self.optimizer), checkpoints)
 
-    def _check(self, metrics: dict[str, float], verdict: Verdict) -> None:
+    def _check(self, metrics: Metrics, verdict: Verdict) -> None:
         run = self.run
         self.mismatch.update(metrics)
         for message in verdict.warnings:
@@ -313,14 +313,14 @@ class Phase:
             run.save(self.optimizer)
             raise EntropyExplosionError(verdict.stop)
 
-    def _watch_entropy(self, step: int, metrics: dict[str, float]) -> Verdict:
+    def _watch_entropy(self, step: int, metrics: Metrics) -> Verdict:
         run, count = self.run, len(self.loss.stage_coefs)
         verdict = self.entropy.update(metrics, count, step=step, at=run.progress.step)
         controllers = {**run.progress.controllers, **self.entropy.state_dict()}
         run.progress = replace(run.progress, controllers=controllers)
         return verdict
 
-    def _log(self, step: int, metrics: dict[str, float], batch: Experience) -> None:
+    def _log(self, step: int, metrics: Metrics, batch: Experience) -> None:
         run = self.run
         world = run.session.world
         metrics.update(batch.sums.means())

@@ -70,7 +70,7 @@ def check(run: Run, batch: Experience, optimizer: Optimizer) -> None:
     Raises:
         RewardError: more than ``rewards.max_error_rate`` of the samples failed.
     """
-    metrics = batch.sums.means()
+    metrics = {name: x for name, x in batch.sums.means().items() if x is not None}
     if not metrics.get("reward/error_rate"):  # the same on all ranks
         return
     step, bound = run.progress.step + 1, run.config.rewards.max_error_rate

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crpo_fast import distributed
 from crpo_fast.loss import LossSpec, flat_vectors, micro_batch_loss
-from crpo_fast.metrics import Sums
+from crpo_fast.metrics import Metrics, Sums
 from crpo_fast.mismatch import add_mismatch
 from crpo_fast.packing import MicroBatch, Sequence, dummy, pack
 from crpo_fast.policy import Policy
@@ -83,7 +83,7 @@ class Update:
         """Are loss and gradient finite?"""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Metrics:
         """Of this update alone."""
         return {**self.sums.means(), "grad_norm": self.grad_norm}
 
@@ -137,7 +137,7 @@ def optimizer_step(
         lambda x: distributed.all_sum(x.to(world.device)).cpu(),
         lambda peaks: distributed.largest(peaks, world),
     )
-    update = Update(sums, sums.means()["loss"], norm, logprobs)
+    update = Update(sums, sums.total("loss") / sums.count("loss"), norm, logprobs)
     if update.is_finite and not update.is_empty:
         with timer("optimizer"):
             optimizer.step()

@@ -18,7 +18,7 @@ import torch
 
 from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.loss import LossSpec
-from crpo_fast.metrics import Sums
+from crpo_fast.metrics import Metrics, Sums
 from crpo_fast.mismatch import finish_mismatch
 from crpo_fast.nonfinite import Guard
 from crpo_fast.packing import MicroBatch, Sequence
@@ -93,7 +93,7 @@ def run_updates(
     guard: Guard,
     where: str,
     trace: TokenTrace | None = None,
-) -> dict[str, float]:
+) -> Metrics:
     """All updates of a step; returns its global metrics, pooled over the updates that were done.
 
     An update whose loss or gradient is not finite is skipped and counted (``skipped``,

@@ -106,12 +106,12 @@ class PhaseLine:
             if not _is_number(entropy):  # it does not occur in this step
                 continue
             if _is_number(target):
-                text = f"{entropy / target:.1f}x target"
-                found.append((abs(math.log(entropy / target)), f"{name} {entropy:.2f} ({text})"))
+                gap = abs(math.log(entropy / target)) if entropy > 0 else math.inf
+                found.append((gap, f"{name} {entropy:.2f} ({entropy / target:.1f}x target)"))
                 continue
             start = self._starts[k]
-            grown = entropy / max(start, self._floor)
-            found.append((grown, f"{name} {entropy:.2f} ({entropy / start:.1f}x start)"))
+            grown = f"{entropy / start:.1f}x start" if start > 0 else "started at 0"
+            found.append((entropy / max(start, self._floor), f"{name} {entropy:.2f} ({grown})"))
         return f"worst stage {max(found)[1]}" if found else "no stage found"
 
 
@@ -126,8 +126,8 @@ def _quality(metrics: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, 
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    """A stage that does not occur has the mean 0; JSON has null for what is not finite."""
-    return value is not None and math.isfinite(value) and value > 0
+    """A stage that does not occur has None; JSON has null for what is not finite, too."""
+    return value is not None and math.isfinite(value)
 
 
 def _number(value: Any, form: str) -> str:

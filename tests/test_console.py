@@ -212,15 +212,21 @@ def test_line_of_a_step() -> None:
 
 
 def test_stages_of_a_resumed_phase_are_compared_with_its_first_step() -> None:
-    records = [{"stage_entropy/0": 0.0}, {"stage_entropy/0": 0.5}, {"stage_entropy/0": 2.0}]
+    records = [{"stage_entropy/0": None}, {"stage_entropy/0": 0.5}, {"stage_entropy/0": 2.0}]
     line = PhaseLine("crpo", 10, ["only"], floor=0.2, records=records)
     metrics = {"reward": None, "loss": None, "tokens": 1.0, "stage_entropy/0": 1.0}
     found = fit(line.after(4, metrics, {}))
     assert "worst stage only 1.00 (2.0x start)" in found
     assert "reward ?" in found
     assert "loss ?" in found
-    gone = fit(line.after(5, {**metrics, "stage_entropy/0": 0.0}, {}))
+    gone = fit(line.after(5, {**metrics, "stage_entropy/0": None}, {}))
     assert "no stage found" in gone
+    certain = {**metrics, "stage_entropy/0": 0.0}
+    assert "worst stage only 0.00 (0.0x start)" in fit(line.after(6, certain, {}))
+    certain["stage_target/0"] = 0.5
+    assert "worst stage only 0.00 (0.0x target)" in fit(line.after(7, certain, {}))
+    line = PhaseLine("crpo", 10, ["only"], floor=0.2, records=[{"stage_entropy/0": 0.0}])
+    assert "worst stage only 1.00 (started at 0)" in fit(line.after(4, metrics, {}))
 
 
 def test_first_screen_says_what_and_why(

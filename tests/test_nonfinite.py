@@ -225,7 +225,7 @@ def test_sums_pool_means_totals_and_extremes() -> None:
         (theirs_summed,) = vectors
         pooled.merge(update(mine).reduced(theirs_summed.__add__, all_max))
     assert pooled.means() == {"mean": 1.5, "total": 4.0, "peak/max": 6.0, "peak/min": -3.0}
-    assert update([]).means() == {"mean": 0.0, "total": 0.0, "peak/max": 0.0, "peak/min": 0.0}
+    assert update([]).means() == {"mean": None, "total": 0, "peak/max": None, "peak/min": None}
     poisoned = update([1.0, torch.nan]).means()
     assert all(v != v for k, v in poisoned.items() if k != "total")
 
