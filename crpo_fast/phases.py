@@ -324,7 +324,7 @@ class Phase:
         run = self.run
         world = run.session.world
         metrics.update(batch.sums.means())
-        metrics.update(tokens_and_seconds(batch, world))
+        metrics.update(tokens_and_seconds(batch, world, self.plan.passes(metrics)))
         metrics["seconds"] = run.seconds
         for k, coef in enumerate(self.loss.stage_coefs):
             metrics[f"stage_coef/{k}"] = coef

@@ -82,7 +82,8 @@ def _forward(session: Session, sequences: list[Sequence]) -> tuple[list[Tensor],
     policy, train = session.policy, session.config.train
     lengths = [len(s.completion_ids) for s in sequences]
     flat = torch.zeros(2, sum(lengths), dtype=torch.float64)
-    batches = pack(sequences, train.token_budget, layout=train.layout)
+    budget = max(train.token_budget, *map(len, sequences))  # eval.max_tokens may be larger
+    batches = pack(sequences, budget, layout=train.layout)
     was_training = policy.model.training
     policy.model.eval()
     for batch in batches:

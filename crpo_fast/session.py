@@ -20,7 +20,7 @@ from crpo_fast.reward_pool import Scorer
 from crpo_fast.rollout import Engine
 from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.static import StaticEngine
-from crpo_fast.task import Rows, Task, build_grammar, build_task, load_rows
+from crpo_fast.task import Rows, Task, build_grammar, build_task, check_written, load_rows
 
 ENGINES = {"hf": HFEngine, "static": StaticEngine}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -105,10 +105,12 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
         activation_checkpointing=config.model.activation_checkpointing,
         freeze_head=config.model.freeze_head,
     )
+    task = build_task(config, rows, tokenizer, scorer)
+    check_written(task, config.train.token_budget)
     return Session(
         config=config,
         world=world,
-        task=build_task(config, rows, tokenizer, scorer),
+        task=task,
         policy=policy,
         engine=ENGINES[config.rollout.engine](policy.model, gathered=policy.gathered),
         build_model=build_model,
@@ -154,7 +156,8 @@ def built_model(config: Config, vocab_size: int, attention: str, **ids: int | No
         num_kv_heads=build.num_kv_heads,
         intermediate_size=build.intermediate_size,
         tie_word_embeddings=build.tie_embeddings,
-        max_positions=config.data.max_prompt_tokens + config.rollout.max_tokens,
+        max_positions=config.data.max_prompt_tokens
+        + max(config.rollout.max_tokens, config.eval.max_tokens),
         attention=attention,
         seed=config.seed,
         **ids,

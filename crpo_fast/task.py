@@ -126,17 +126,24 @@ class Task:
 
     def written(self, row: Row) -> Sequence:
         """The cold-start sequence of a row with a written completion."""
+        ids = encode_completion(self.written_text(row), self.tokenizer)
+        return Sequence(self.prompt(row)[0], ids, self.grammar.stage_ids(ids, self.tokenizer))
+
+    def written_text(self, row: Row) -> str:
+        """The written completion of a cold-start row."""
         text = row.completion if row.stages is None else self.grammar.render(row.stages, row.label)
         if text is None:
-            members = [r for r in self.rows.cold_start if r.dataset_id == row.dataset_id]
-            number = next((i for i, r in enumerate(members, start=1) if r is row), 0)
             raise ConfigError(
-                f"data: the sft phase needs a written completion, cold-start row {number} of data "
-                f"set {row.dataset_id} has none. Set data.completion, or add "
-                "cold_start.jsonl to the data set's folder."
+                f"data: the sft phase needs a written completion, {self.place(row)} has none. Set "
+                "data.completion, or add cold_start.jsonl to the data set's folder."
             )
-        ids = encode_completion(text, self.tokenizer)
-        return Sequence(self.prompt(row)[0], ids, self.grammar.stage_ids(ids, self.tokenizer))
+        return text
+
+    def place(self, row: Row) -> str:
+        """Where a cold-start row stands; nothing of its text."""
+        members = [r for r in self.rows.cold_start if r.dataset_id == row.dataset_id]
+        number = next((i for i, r in enumerate(members, start=1) if r is row), 0)
+        return f"cold-start row {number} of data set {row.dataset_id}"
 
     def score(
         self, rows: list[Row], completions: list[str], group_size: int
@@ -228,6 +235,28 @@ def build_task(config: Config, rows: Rows, tokenizer: Any, scorer: Scorer | None
         balance=settings.balance,
         max_failed=settings.max_error_rate * rollout.prompts_per_step * rollout.group_size,
     )
+
+
+def check_written(task: Task, token_budget: int) -> None:
+    """Every written completion fits into a micro-batch with its prompt.
+
+    Raises:
+        ConfigError: one does not; it names the first.
+    """
+    too_long: list[tuple[Row, int]] = []
+    for row in task.rows.cold_start:
+        size = len(task.written_text(row).encode()) + task.max_prompt_tokens
+        if size + 8 > token_budget:  # a token is a byte or more, but for a few that frame a text
+            length = len(task.written(row))
+            too_long += [(row, length)] if length > token_budget else []
+    if too_long:
+        row, length = too_long[0]
+        others = f" ({len(too_long)} rows are longer)" if len(too_long) > 1 else ""
+        raise ConfigError(
+            "train.token_budget: expected at least the longest written completion with its "
+            f"prompt, got {token_budget}: {task.place(row)} has {length} tokens{others}. Type "
+            f"--train.token_budget {max(n for _, n in too_long)}, or shorten the completions."
+        )
 
 
 def order(num_rows: int, seed: int, first: int, count: int) -> list[int]:

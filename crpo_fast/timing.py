@@ -154,21 +154,24 @@ def lap() -> dict[str, float]:
     return _PROCESS.lap()
 
 
-def rates(seconds: dict[str, float], tokens: float, sampled: float) -> dict[str, float]:
+def rates(
+    seconds: dict[str, float], tokens: float, trained: float, sampled: float
+) -> dict[str, float]:
     """The metrics of one step that depend on the clock.
 
     Args:
         seconds: a lap, over ranks the largest of each part; with ``step``, the whole.
         tokens: of the step's sequences, prompts included, of all ranks.
+        trained: tokens that went through forward and backward, of all updates and ranks.
         sampled: tokens that were generated for it, of all ranks.
 
     Returns:
         seconds/<part>, seconds/step, and tokens per second: of the whole step, of the training
-        part (tokens) and of the rollout (sampled); 0 where a part took no time.
+        part (trained) and of the rollout (sampled); 0 where a part took no time.
     """
     found = {f"seconds/{name}": value for name, value in seconds.items()}
     found["tokens_per_second"] = _ratio(tokens, seconds["step"])
-    found["tokens_per_second/train"] = _ratio(tokens, seconds["train"])
+    found["tokens_per_second/train"] = _ratio(trained, seconds["train"])
     found["tokens_per_second/rollout"] = _ratio(sampled, seconds["rollout"])
     return found
 

@@ -42,6 +42,11 @@ class UpdatePlan:
     minibatches: int = 1
     group_size: int = 1
 
+    def passes(self, metrics: Metrics) -> float:
+        """How often the updates of a step with these metrics went through each sequence."""
+        names = ("updates", "skipped", "skipped_empty")
+        return sum(metrics[name] or 0.0 for name in names) / self.minibatches
+
     def split(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         """Minibatch m has the groups m, m + M, m + 2 M ... of this rank, in rollout order.
 

@@ -15,18 +15,25 @@ from crpo_fast.distributed import World
 from crpo_fast.experience import Experience
 
 
-def tokens_and_seconds(batch: Experience, world: World) -> dict[str, float]:
+def tokens_and_seconds(batch: Experience, world: World, passes: float) -> dict[str, float]:
     """Token counts of the step over all ranks, and its seconds: of the slowest rank, by part.
 
     They begin at the previous record: the checkpoint and the evaluation after a step are in the
     next one.
+
+    Args:
+        batch: of this rank.
+        world: this process among its peers.
+        passes: how often each sequence was trained on (see `UpdatePlan.passes`); one with an empty
+            completion is in no micro-batch.
     """
     seconds = timing.lap()
     seconds = distributed.largest({**seconds, "step": sum(seconds.values())}, world)
     lengths = sum(map(len, batch.sequences))
-    local = torch.tensor([lengths, batch.num_sampled], dtype=torch.float64)
-    tokens, sampled = distributed.all_sum(local.to(world.device)).tolist()
-    return {"tokens": tokens, **timing.rates(seconds, tokens, sampled)}
+    trained = passes * sum(len(s) for s in batch.sequences if s.completion_ids)
+    local = torch.tensor([lengths, trained, batch.num_sampled], dtype=torch.float64)
+    tokens, trained, sampled = distributed.all_sum(local.to(world.device)).tolist()
+    return {"tokens": tokens, **timing.rates(seconds, tokens, trained, sampled)}
 
 
 class PhaseLine:

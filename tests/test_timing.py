@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from crpo_fast import timing, train
+from crpo_fast.distributed import World
+from crpo_fast.experience import Experience
+from crpo_fast.metrics import Sums
+from crpo_fast.packing import Sequence
 from crpo_fast.timing import IDLE, NAMES, Stopwatch, rates
+from crpo_fast.updates import UpdatePlan
+from crpo_fast.watch import tokens_and_seconds
 
 TINY = str(Path(__file__).with_name("tiny.toml"))
 
@@ -69,17 +77,17 @@ def test_an_unknown_activity_is_refused() -> None:
 
 def test_rates() -> None:
     seconds = {"rollout": 2.0, "train": 0.5, "other": 0.5, "step": 4.0}
-    found = rates(seconds, tokens=100.0, sampled=30.0)
+    found = rates(seconds, tokens=100.0, trained=150.0, sampled=30.0)
     assert found == {
         "seconds/rollout": 2.0,
         "seconds/train": 0.5,
         "seconds/other": 0.5,
         "seconds/step": 4.0,
         "tokens_per_second": 25.0,
-        "tokens_per_second/train": 200.0,
+        "tokens_per_second/train": 300.0,
         "tokens_per_second/rollout": 15.0,
     }
-    nothing = rates({"rollout": 0.0, "train": 0.0, "step": 0.0}, 100.0, 0.0)
+    nothing = rates({"rollout": 0.0, "train": 0.0, "step": 0.0}, 100.0, 100.0, 0.0)
     assert nothing["tokens_per_second"] == nothing["tokens_per_second/rollout"] == 0.0
 
 
@@ -96,7 +104,7 @@ def test_every_record_of_a_run_has_every_part(tmp_path: Path) -> None:
         assert parts["sync"] > 0
         expected = record["tokens"] / record["seconds/step"]
         assert record["tokens_per_second"] == pytest.approx(expected)
-        expected = record["tokens"] / parts["train"]
+        expected = record["tokens"] / parts["train"]  # one update, every token once
         assert record["tokens_per_second/train"] == pytest.approx(expected)
     assert sft1["seconds/rollout"] == sft1["seconds/reward"] == 0
     assert sft1["tokens_per_second/rollout"] == 0
@@ -107,3 +115,17 @@ def test_every_record_of_a_run_has_every_part(tmp_path: Path) -> None:
     assert crpo1["seconds/eval"] == 0  # "before" belongs to no step
     assert crpo2["seconds/eval"] > 0  # the evaluation after step 3
     assert sft1["seconds"] < sft2["seconds"] < crpo1["seconds"] < crpo2["seconds"]
+
+
+def test_trained_tokens_are_those_of_all_updates_and_of_no_masked_completion() -> None:
+    sequences = [Sequence([1] * 5, [2] * 3, [-1] * 3), Sequence([1] * 5, [], [])]
+    passes = UpdatePlan(updates=4, minibatches=2).passes(
+        {"updates": 2.0, "skipped": 1.0, "skipped_empty": 1.0}
+    )
+    timing.lap()
+    with timing.timer("backward"):
+        time.sleep(0.001)
+    world = World(0, 1, torch.device("cpu"))
+    found = tokens_and_seconds(Experience(sequences, Sums()), world, passes)
+    assert found["tokens"] == 13  # with the prompt of the masked one
+    assert found["tokens_per_second/train"] * found["seconds/train"] == pytest.approx(2 * 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,28 @@ def test_probe_rows_are_spread_over_data_sets() -> None:
     assert [r.dataset_id for r in probe_rows(rows, 4)] == ["d0", "d1", "d2", "d3"]
     assert len(probe_rows(rows, 6)) == 6
     assert probe_rows(rows, 0) == []
+
+
+def test_evaluations_may_be_longer_than_rollouts(tmp_path: Path) -> None:
+    """The probes' own pass and the positions of a built model follow ``eval.max_tokens``."""
+    arguments = [TINY, "--run.dir", str(tmp_path / "r"), "--eval.max_tokens", "300"]
+    arguments += ["--train.max_steps", "1", "--report.probe-every", "1"]
+    assert train.main(arguments) == 0
+    probes = [r for r in lines(tmp_path / "r" / "samples.jsonl") if r["kind"] == "probe"]
+    assert max(len(r["entropy"]) for r in probes) == 300 > 256  # train.token_budget
+    config = json.loads((tmp_path / "r" / "final" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 96 + 300
+
+
+def test_written_completions_longer_than_the_budget_are_refused_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [TINY, "--run.dir", str(tmp_path / "r"), "--train.token_budget", "112"]
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "train.token_budget: expected at least the longest written completion" in error
+    found = re.search(r"got 112: cold-start row \d+ of data set \w+ has (\d+) tokens", error)
+    assert found and int(found[1]) > 112
+    (needed,) = re.findall(r"Type --train.token_budget (\d+),", error)
+    enough = [*arguments[:-1], needed, "--run.resume", "never", "--train.max_steps", "1"]
+    assert train.main(enough) == 0
