@@ -306,6 +306,17 @@ def phase_end(folder: Path, progress: Progress) -> Path | None:
     return path if same else None
 
 
+def copy(path: Path, folder: Path) -> None:
+    """Copy a checkpoint into ``folder``, where there is none of its name; whole or not at all."""
+    with files.whole_folder(folder / path.name) as temporary:
+        temporary.mkdir()
+        for name in (files.MODEL, files.OPTIMIZER, files.STATE):
+            shutil.copyfile(path / name, temporary / name)
+            files.flush(temporary / name)
+        files.flush(temporary)
+    files.flush(folder)
+
+
 def prune(folder: Path, keep: int, progress: Progress) -> None:
     """Delete old checkpoints up to ``progress``.
 

@@ -2,6 +2,7 @@
 
 runs/<name>/  config.toml  metrics.jsonl  samples.jsonl  evaluations.json  summary.json
               data/  tokenizer/  plots/  checkpoints/  final/  lock (while a run uses the folder)
+              resumed_from.json (after --run.resume best | <checkpoint>)
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class RunFolder:
     path: Path
 
     @property
+    def origin(self) -> Path:
+        """Where ``run.resume`` took the last start that went elsewhere: source and step."""
+        return self.path / "resumed_from.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
@@ -81,6 +87,7 @@ class Resume:
         phase_start: the checkpoint that holds the weights the phase began with, if any.
         other_way: later whole checkpoints of the folder that are not on the way from here.
         is_own: the checkpoint lies in the folder of the run.
+        source: what ``run.resume`` names, where this start goes there; "": it goes on.
     """
 
     progress: Progress
@@ -88,6 +95,7 @@ class Resume:
     phase_start: Path | None = None
     other_way: tuple[Path, ...] = ()
     is_own: bool = False
+    source: str = ""
 
 
 @dataclass
@@ -173,7 +181,9 @@ def _prepare(config: Config, folder: RunFolder, lock: RunLock) -> Opened:
         )
     checkpoint.tidy(folder.checkpoints)
     resume, summary = resume_point(config, folder), folder.summary()
-    goes_back = config.run.resume != "auto" and resume.is_own
+    goes_back = resume.source and resume.is_own
+    if config.run.resume == "auto":  # the next start with a source is another command
+        folder.origin.unlink(missing_ok=True)
     if summary and summary["phase_steps"] == phase_lengths(config) and not goes_back:
         return Opened(folder, resume, summary, lock)
     write_text(saved, tomli_w.dumps(to_dict(config)))
@@ -183,6 +193,10 @@ def _prepare(config: Config, folder: RunFolder, lock: RunLock) -> Opened:
         names = ", ".join(p.name for p in resume.other_way)
         notice(f"going on from step {resume.progress.step}: renamed {names} to step_<n>.aside")
         checkpoint.set_aside(list(resume.other_way))
+    if resume.phase_start is not None and not resume.is_own:
+        checkpoint.copy(resume.phase_start, folder.checkpoints)
+    if resume.source:  # the last step of going there: a start killed before it goes there again
+        folder.write_json(folder.origin.name, _origin(resume.source, resume.progress.step))
     checkpoint.mark_best(folder.checkpoints, resume.progress.best)
     return Opened(folder, resume, None, lock)
 
@@ -220,10 +234,7 @@ def phase_lengths(config: Config) -> list[int]:
 
 
 def resume_point(config: Config, folder: RunFolder) -> Resume:
-    """The newest whole checkpoint that is a prefix of the run that is asked for.
-
-    A longer ``train.max_steps`` continues from the last checkpoint that both runs share. A line
-    names every checkpoint that is skipped, and why.
+    """Where ``run.resume`` leads; a run that went there at its last start goes on from its newest.
 
     Raises:
         CheckpointError: ``run.resume`` names one that is not whole.
@@ -231,20 +242,62 @@ def resume_point(config: Config, folder: RunFolder) -> Resume:
     """
     if config.run.resume == "never":
         return Resume(Progress())
-    lengths = phase_lengths(config)
-    if config.run.resume != "auto":
-        path = _named(config, folder)
-        progress = checkpoint.load_progress(path)
-        if not _is_prefix(progress, lengths):
-            raise ConfigError(
-                f"run.resume: {path} (phase {progress.phase}, step {progress.phase_steps}) is not "
-                "on the way of this config. Type --train.max_steps as in the run that wrote it."
+    if config.run.resume == "auto":
+        return _newest(config, folder)
+    source = config.run.resume
+    source = source if source == "best" else str(Path(source).resolve())
+    if (step := _step_of_origin(folder, source)) is not None:
+        resume = _newest(config, folder)
+        if resume.path is not None and resume.progress.step >= step:
+            notice(
+                f"run.resume: the last start went to {source} (step {step}) already; going on from "
+                f"{resume.path.name}. To go there again remove {folder.origin}."
             )
-        resume = _with_reference(config, path, progress)
-        is_own = path.resolve().parent == folder.checkpoints.resolve()
+            return resume
+    return replace(_at(config, folder, _named(config, folder)), source=source)
+
+
+def _origin(source: str, step: int) -> dict[str, Any]:
+    return {"source": source, "step": step}
+
+
+def _step_of_origin(folder: RunFolder, source: str) -> int | None:
+    """The step at which the last start began if it went to ``source``."""
+    if not folder.origin.exists():
+        return None
+    try:
+        record = json.loads(folder.origin.read_text(encoding="utf-8"))
+        step = int(record["step"])
+        return step if record == _origin(source, step) else None
+    except (ValueError, KeyError, TypeError) as error:
+        notice(f"warning: {folder.origin} is not of this program ({error!r}); not looked at")
+        return None
+
+
+def _at(config: Config, folder: RunFolder, path: Path) -> Resume:
+    """The checkpoint ``path``, of this run or of another one."""
+    progress = checkpoint.load_progress(path)
+    if not _is_prefix(progress, phase_lengths(config)):
+        raise ConfigError(
+            f"run.resume: {path} (phase {progress.phase}, step {progress.phase_steps}) is not "
+            "on the way of this config. Type --train.max_steps as in the run that wrote it."
+        )
+    resume = _with_reference(config, path, progress)
+    if path.resolve().parent == folder.checkpoints.resolve():
         later = checkpoint.later(folder.checkpoints, progress.step)
-        return replace(resume, other_way=tuple(later), is_own=is_own)
-    other_way: list[Path] = []
+        return replace(resume, other_way=tuple(later), is_own=True)
+    # nothing here is on the way from there, and the best one is not here
+    others = checkpoint.listed(folder.checkpoints)
+    return replace(resume, progress=replace(progress, best=None), other_way=tuple(others))
+
+
+def _newest(config: Config, folder: RunFolder) -> Resume:
+    """The newest whole checkpoint that is a prefix of the run that is asked for.
+
+    A longer ``train.max_steps`` continues from the last checkpoint that both runs share. A line
+    names every checkpoint that is skipped, and why.
+    """
+    lengths, other_way = phase_lengths(config), list[Path]()
     for path, progress in checkpoint.find(folder.checkpoints):
         if not _is_prefix(progress, lengths):
             other_way.append(path)
