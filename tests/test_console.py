@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -262,7 +263,7 @@ def test_threads_are_compared_with_the_cores_of_the_process(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    session = SimpleNamespace(
+    session: Any = SimpleNamespace(
         config=Config(),
         world=SimpleNamespace(device=torch.device("cpu")),
         task=SimpleNamespace(grammar=SimpleNamespace(num_stages=0)),
