@@ -62,7 +62,10 @@ def _row(name: str, results: list[dict[str, Any]]) -> list[str]:
 
 
 def write_plots(records: list[dict[str, Any]], stages: list[str], folder: Path) -> None:
-    """Write reward, entropy, loss, kl and length.svg, each where there is anything to draw."""
+    """Write reward, entropy, loss, kl and length.svg, each where its metric was logged.
+
+    A metric that never had a value (no stage occurred) is an empty plot that says so.
+    """
     folder.mkdir(exist_ok=True)
     trained = [r for r in records if "reward" in r]
     curves = {
@@ -80,8 +83,8 @@ def write_plots(records: list[dict[str, Any]], stages: list[str], folder: Path) 
         drawn = {
             title: [(r["step"], math.nan if r.get(key) is None else r[key]) for r in rows]
             for key, title in series.items()
+            if any(key in r for r in rows)
         }
-        drawn = {t: line for t, line in drawn.items() if any(not math.isnan(y) for _, y in line)}
         if drawn:
             write_svg(
                 folder / f"{name}.svg", drawn, title=label, xlabel="optimizer step", ylabel=label

@@ -139,7 +139,7 @@ def test_curves_by_hover_and_keys(opened: Page, run500: Path) -> None:
     svg.hover()
     assert not chart(page, "Gradient norm").locator("output").inner_text().endswith("at 500")
     page.get_by_text("All other metrics").click()
-    assert chart(page, "reward/not_usable").count() == 1
+    chart(page, "reward/not_usable").wait_for(state="attached")  # drawn when first opened
     assert opened.overflow() <= 0
 
 
