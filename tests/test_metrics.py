@@ -74,5 +74,6 @@ def test_curves_break_where_nothing_was_seen(tmp_path: Path) -> None:
     values = [0.5, 0.25, None, 0.0, 1.0]
     records = [{"step": i, "reward": v, "loss": None} for i, v in enumerate(values)]
     write_plots(records, [], tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["reward.svg"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.svg", "reward.svg"]
+    assert "loss: no values" in (tmp_path / "loss.svg").read_text()
     assert (tmp_path / "reward.svg").read_text().count('<polyline class="line"') == 2
