@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crpo_fast.config_file import ConfigError
+from crpo_fast.stages import check_same_stages
 
 if TYPE_CHECKING:
     from crpo_fast.config import EntropyConfig, PhaseConfig
@@ -145,11 +146,7 @@ class EntropyAlarm:
         Raises:
             ValueError: it is of other stages.
         """
-        if state["names"] != self.names:
-            raise ValueError(
-                f"state: expected the stages {self.names}, got {state['names']}. "
-                "Resume with the stages of the checkpoint, or start a new run folder."
-            )
+        check_same_stages(self.names, state["names"])
         self._first = [list(map(float, values)) for values in state["first"]]
         self._warned = list(map(bool, state["warned"]))
 

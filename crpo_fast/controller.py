@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crpo_fast.config_file import ConfigError
+from crpo_fast.stages import check_same_stages
 
 if TYPE_CHECKING:
     from crpo_fast.config import EntropyConfig, PhaseConfig
@@ -170,11 +171,7 @@ class DualAscent:
         Raises:
             ValueError: it is of other stages.
         """
-        if state["names"] != self.names:
-            raise ValueError(
-                f"state: expected the stages {self.names}, got {state['names']}. "
-                "Resume with the stages of the checkpoint, or start a new run folder."
-            )
+        check_same_stages(self.names, state["names"])
         self._start = [None if t is None else float(t) for t in state["start"]]
         self._multiplier = list(map(float, state["multiplier"]))
         self._coefs = list(map(float, state["coefs"]))

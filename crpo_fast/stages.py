@@ -319,3 +319,16 @@ def _unknown(argument: str, value: object, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{argument}: expected one of {', '.join(choices) or 'no names'}, got {value!r}.{hint}"
+
+
+def check_same_stages(names: list[str], saved: list[str]) -> None:
+    """Refuse a saved state of other stages.
+
+    Raises:
+        ValueError: names both.
+    """
+    if saved != names:
+        raise ValueError(
+            f"state: expected the stages {names}, got {saved}. Resume with the stages of the "
+            "checkpoint, or start a new run folder."
+        )
