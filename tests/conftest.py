@@ -1,7 +1,7 @@
 """Fixtures and skips that all tests share.
 
-`TRITON_INTERPRET` is not set here: it has to be set before triton is imported, by the tests that
-want it, in a process of their own.
+Without a CUDA device this imports triton and our kernels for Triton's interpreter, before anything
+else imports triton, and leaves TRITON_INTERPRET as it was (triton_tools.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported 
 import numpy as np
 import pytest
 import torch
+
+import triton_tools
+
+triton_tools.import_interpreted()
 
 ROOT = Path(__file__).resolve().parent.parent
 skip_counts: Counter[str] = Counter()
@@ -83,21 +87,12 @@ def crpo_data() -> Path:
 
 
 @pytest.fixture
+def device() -> str:
+    """Where kernels run in these tests: the device, or the CPU in Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills uninitialised memory with NaN or the largest integer: code that reads it fails."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            if tensor.is_floating_point() or tensor.is_complex():
-                return tensor.fill_(float("nan"))
-            return (
-                tensor
-                if tensor.dtype == torch.bool
-                else tensor.fill_(torch.iinfo(tensor.dtype).max)
-            )
-
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    """Uninitialised memory holds NaN or the largest integer: code that reads it fails."""
+    triton_tools.poison_empty(monkeypatch)

@@ -1,0 +1,105 @@
+"""What the tests of Triton kernels share: the interpreter's set-up, poisoned memory, canaries.
+
+Without a CUDA device the kernels of this process run in Triton's interpreter. Triton reads
+TRITON_INTERPRET where a function is decorated, so the variable is set only while triton and our
+kernels are imported: processes that tests start, and backend="auto", see the user's environment.
+With a device the same tests run the compiled kernels on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIABLE = "TRITON_INTERPRET"
+NUM_GUARDS = 3  # rows and columns around a buffer that nobody may touch
+
+
+def why_no_triton() -> str | None:
+    """Why kernels cannot run in this process, or None."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def import_interpreted() -> None:
+    """Import triton and every ``crpo_kernels.*_triton`` so that their kernels are interpreted.
+
+    Raises:
+        RuntimeError: triton was imported before, so that its own functions cannot be interpreted.
+    """
+    if torch.cuda.is_available() or why_no_triton():
+        return
+    if "triton" in sys.modules:
+        raise RuntimeError(
+            "triton: expected to be imported by tests/conftest.py first, got an earlier import. "
+            f"Set {VARIABLE}=1 for the whole run, or load that plugin later."
+        )
+    asked = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "1"
+    try:
+        for name in ("triton.language", "triton.experimental.gluon"):  # the latter is loaded late
+            importlib.import_module(name)
+        package = importlib.import_module("crpo_kernels")
+        for module in pkgutil.iter_modules(package.__path__):
+            if module.name.endswith("_triton"):
+                importlib.import_module(f"crpo_kernels.{module.name}")
+    finally:
+        os.environ.pop(VARIABLE)
+        if asked is not None:
+            os.environ[VARIABLE] = asked
+
+
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill fresh memory with NaN or the largest integer: a result that nobody wrote shows."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args, **kwargs) -> Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point() or tensor.is_complex():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(_garbage(tensor.dtype))
+
+        return made
+
+    makers = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    makers += [(Tensor, name) for name in ("new_empty", "new_empty_strided")]
+    for owner, name in makers:
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+class Guarded:
+    """A tensor inside a larger one whose last rows and columns must stay as they are.
+
+    ``tensor`` is ``[*shape]`` with the pitch of the larger buffer and holds NaN (integers: the
+    largest value) until a kernel writes it; ``check()`` fails when anything around it changed.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+        outer = [size + NUM_GUARDS for size in shape]
+        self.value = -77.0 if dtype.is_floating_point else 77
+        fresh = float("nan") if dtype.is_floating_point else _garbage(dtype)
+        self.buffer = torch.full(outer, self.value, dtype=dtype, device=device)
+        self.inside = torch.zeros(outer, dtype=torch.bool, device=device)
+        where = tuple(slice(0, size) for size in shape)
+        self.inside[where] = True
+        self.tensor = self.buffer[where]
+        self.tensor.fill_(fresh)
+
+    def check(self) -> None:
+        """Fail, naming the first guard that was overwritten."""
+        touched = (self.buffer != self.value) & ~self.inside
+        first = touched.nonzero()[:1].tolist()
+        assert not first, f"guard {first[0]} holds {self.buffer[tuple(first[0])].item()}"
+
+
+def _garbage(dtype: torch.dtype) -> int:
+    return 1 if dtype == torch.bool else torch.iinfo(dtype).max
