@@ -8,6 +8,7 @@ share the cores: `--jobs 2` gives each of two runs one thread.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -19,6 +20,8 @@ from typing import Any
 from crpo_fast.config import DEFAULT_CONFIG, load_config
 
 from . import dual
+from .output import RESULTS, write_json
+from .timing import machine
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
@@ -112,3 +115,24 @@ def table(results: list[dict[str, Any]]) -> str:
 def _spread(values: list[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.1f} +- {deviation:.1f}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
+    parser.add_argument("--threads", type=int, default=0, help="threads of a run (0: all cores)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_quickstart"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Run what is not finished below ``--runs``; write quickstart.json and what dual.py shows."""
+    runs = run_all(options.seeds, options.runs, options.jobs, options.threads)
+    traces = [row for run in runs for row in run.pop("trace")]
+    report = {"command": command, "machine": machine(), "runs": runs}
+    write_json(options.out / "quickstart.json", report)
+    dual.write_traces(options.out / "quickstart_dual.csv", traces)
+    (options.out / "quickstart_dual.svg").write_text(dual.plot(traces), encoding="utf-8")
+    print(table(runs), dual.table(traces, runs), sep="\n\n")
+    return 0

@@ -6,6 +6,7 @@ code makes. `python -m benchmarks record <run> <config>` turns a finished run in
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from . import dual, quickstart
+from .output import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "Not measured yet."
 RUNS = {
     "quickstart": "The main job",
@@ -132,3 +133,13 @@ def write() -> None:
     """Rewrite README.md."""
     page = ROOT / "README.md"
     page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command has no options."""
+
+
+def run(options: argparse.Namespace, command: str) -> int:  # noqa: ARG001
+    """Rewrite README.md."""
+    write()
+    return 0

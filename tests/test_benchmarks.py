@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import baselines
-from benchmarks.__main__ import main, targets
+from benchmarks.__main__ import main
 from benchmarks.cases import CASES, make_inputs
+from benchmarks.loss import targets
 from benchmarks.memory import LiveBytes
 
 TINY = ["loss", "--rows", "32", "--vocab", "500", "--dim", "64", "--threads", "1"]
@@ -52,7 +53,7 @@ def test_the_command_writes_json_table_and_plot(tmp_path, monkeypatch, capsys):
 
 def test_gate_fails_when_a_target_is_missed(tmp_path, monkeypatch):
     fast = {"text": "t", "limit": 1.0, "value": 2.0, "met": False}
-    monkeypatch.setattr("benchmarks.__main__.targets", lambda rows: [fast])
+    monkeypatch.setattr("benchmarks.loss.targets", lambda rows: [fast])
     only = ["--only", "one_pass", "--out", str(tmp_path)]
     assert main([*TINY, *only]) == 0
     assert main([*TINY, *only, "--gate"]) == 1
