@@ -15,7 +15,9 @@ Both take the head the same way:
     logit_scale      multiplies products and bias;     logit_softcap   the c of c * tanh(x / c)
     rows             host-side indices of the rows that count; others return 0. On a GPU this spares
                      the one synchronisation of the call, and every listed row must carry a label
-    backend          "auto", "torch" or "dense" (the oracle: all logits, plain autograd)
+    backend          "triton" (CUDA and ROCm; on a CPU in Triton's interpreter, TRITON_INTERPRET=1),
+                     "torch" (any device), "dense" (the oracle: all logits, plain autograd), "auto":
+                     triton where it can run, else torch; the logger crpo_kernels says which and why
     mode             "one_pass": gradients are made while a chunk's logits are hot (6NVD work).
                      "two_pass": after the statistics of all rows (8NVD; 6NVD within the workspace).
                      "auto": one_pass wherever the coefficients are known before the head runs

@@ -121,22 +121,23 @@ class HeadCall:
         """Choose backend, mode and chunk size.
 
         Raises:
-            ValueError: an unknown name, or a mode that cannot run, with the reason.
+            ValueError: an unknown name, or a backend or mode that cannot run, with the reason.
         """
         check_workspace(workspace_bytes)
         chosen = choose_mode(mode, one_pass_reason)
+        choice = choose_backend(backend, self.hidden.device, self.hidden.dtype)
         eager_reason = uncompiled_reason(self.hidden, self.labels.numel(), self.weight.shape[0])
         plan = make_plan(
             self.hidden,
             self.weight,
             self.labels.numel(),
-            backend=choose_backend(backend),
+            backend=choice.name,
             mode=chosen,
             workspace_bytes=workspace_bytes,
             needs_weight_grad=self.needs(self.weight),
-            is_compiled=eager_reason is None,
+            is_compiled=eager_reason is None and choice.name == "torch",
         )
-        log_choice(plan, self.labels.numel(), one_pass_reason, eager_reason)
+        log_choice(plan, choice, self.labels.numel(), one_pass_reason, eager_reason)
         self.head = Head(
             rows=self.rows,
             labels=self.labels,
@@ -149,7 +150,7 @@ class HeadCall:
 
     def logprobs(self) -> tuple[Logprobs, Tensor]:
         """(logprobs, entropy, lse) and is_top1, ``[n]``."""
-        if self.head.plan.backend == "torch":
+        if self.head.plan.backend != "dense":
             return head_logprobs(self.hidden, self.weight, self.bias, self.head)
         hidden = self.hidden if self.rows is None else self.hidden[self.rows]  # [n, D]
         with without_autocast(hidden):
@@ -159,7 +160,7 @@ class HeadCall:
 
     def policy_loss(self, objective: Objective) -> tuple[Tensor, TokenStats]:
         """Loss ``[]`` and statistics ``[T]``."""
-        if self.head.plan.backend == "torch" and self.head.plan.mode == "one_pass":
+        if self.head.plan.backend != "dense" and self.head.plan.mode == "one_pass":
             collector = LossRowsCollector(objective)
             if self.needs_any:
                 loss = OnePassLoss.apply(self.hidden, self.weight, self.bias, self.head, collector)

@@ -1,7 +1,9 @@
 """Which backend, which mode, how many rows at once: predicates with a reason, never try and except.
 
-backend   torch      any device: chunks of rows, plain products, row work in torch
+backend   triton     CUDA and ROCm (a CPU in Triton's interpreter): chunks of rows, row kernels
+          torch      any device: chunks of rows, plain products, row work in torch
           dense      the oracle: all logits at once, autograd
+          auto       the first of triton and torch that can run
 mode      one_pass   gradients are made while a chunk's logits are hot; 6NVD operations. Needs
                      every coefficient before the head runs.
           two_pass   statistics first, any loss on them, then gradients; 8NVD, or 6NVD where
@@ -12,20 +14,73 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from typing import NamedTuple
+
+import torch
 
 from .plan import Plan
 from .spec import ObjectiveSpec, check_choice
+from .support import (
+    INTERPRETER,
+    Obstacle,
+    asks_for_interpreter,
+    describe_triton,
+    triton_obstacle,
+)
 
 logger = logging.getLogger("crpo_kernels")
 
-BACKENDS = ("auto", "torch", "dense")
+BACKENDS = ("auto", "triton", "torch", "dense")
 MODES = ("auto", "one_pass", "two_pass")
 
 
-def choose_backend(backend: str) -> str:
-    """The backend that runs; ``auto`` is torch."""
+class BackendChoice(NamedTuple):
+    """The backend that runs, and why it is that one."""
+
+    name: str
+    reason: str
+
+
+def unsupported_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run on tensors of this device and dtype, or None where it can.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    obstacle = _obstacle(backend, device, dtype)
+    return None if obstacle is None else obstacle.reason
+
+
+def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> Obstacle | None:
     check_choice("backend", backend, BACKENDS)
-    return "torch" if backend == "auto" else backend
+    return triton_obstacle(device, dtype) if backend == "triton" else None
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    """The backend that runs; ``auto`` is triton where it can run, else torch.
+
+    Args:
+        backend: as in the call.
+        device: of hidden and weight.
+        dtype: of hidden and weight.
+
+    Raises:
+        ValueError: an unknown name, or triton where it cannot run, with the reason.
+    """
+    obstacle = _obstacle(backend, device, dtype)
+    if obstacle is not None:
+        raise ValueError(
+            f"backend: expected 'auto', 'torch' or 'dense' here, got 'triton': {obstacle.reason}. "
+            f"{obstacle.remedy}, or pass backend='auto'."
+        )
+    if backend != "auto":
+        return BackendChoice(backend, "asked for")
+    reason = unsupported_reason("triton", device, dtype)
+    if reason is None and device.type == "cpu" and not asks_for_interpreter():
+        reason = f"on a CPU the kernels run in Triton's interpreter, for {INTERPRETER}=1 alone"
+    if reason is None:
+        return BackendChoice("triton", describe_triton(device))
+    return BackendChoice("torch", f"triton does not run: {reason}")
 
 
 def one_pass_reason(spec: ObjectiveSpec | None, is_on_policy: bool) -> str | None:
@@ -55,22 +110,24 @@ def choose_mode(mode: str, reason: str | None) -> str:
     return mode
 
 
-def log_choice(plan: Plan, num_rows: int, reason: str | None, eager_reason: str | None) -> None:
+def log_choice(
+    plan: Plan, backend: BackendChoice, num_rows: int, reason: str | None, eager_reason: str | None
+) -> None:
     """Log each choice once per process, with its reason."""
-    for message in reasons(plan, num_rows, reason, eager_reason):
-        _log_once(message)
+    if backend.reason != "asked for":
+        _log_once(f"backend auto: {backend.name} ({backend.reason})")
+    _log_once(f"backend {plan.backend}, {mode_reason(plan, num_rows, reason)}")
+    if plan.backend == "torch":
+        _log_once(rows_reason(eager_reason))
 
 
-def reasons(
-    plan: Plan, num_rows: int, reason: str | None, eager_reason: str | None
-) -> tuple[str, str]:
-    """Backend and mode, and the kind of row passes, each with its reason.
+def mode_reason(plan: Plan, num_rows: int, reason: str | None) -> str:
+    """The mode and why.
 
     Args:
         plan: what was chosen.
         num_rows: counted tokens.
         reason: why one_pass cannot run, if it cannot.
-        eager_reason: why the row passes are not compiled, if they are not.
     """
     if plan.mode == "one_pass":
         why = "the coefficients are known before the head runs"
@@ -78,11 +135,13 @@ def reasons(
         why = f"{reason or 'asked for'}; the logits of all rows fit the workspace and are kept"
     else:
         why = f"{reason or 'asked for'}; the logits are computed again for the gradient"
+    return f"mode {plan.mode}: {why}"
+
+
+def rows_reason(eager_reason: str | None) -> str:
+    """How the row passes of the torch backend run; ``eager_reason``: why not compiled, if so."""
     kind = "compiled" if eager_reason is None else "eager"
-    return (
-        f"backend {plan.backend}, mode {plan.mode}: {why}",
-        f"row passes {kind}: {eager_reason or 'there is a C++ compiler and enough to do'}",
-    )
+    return f"row passes {kind}: {eager_reason or 'there is a C++ compiler and enough to do'}"
 
 
 @lru_cache(maxsize=256)

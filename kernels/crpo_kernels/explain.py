@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .compilation import uncompiled_reason
-from .dispatch import choose_backend, choose_mode, one_pass_reason, reasons
+from .dispatch import choose_backend, choose_mode, mode_reason, one_pass_reason, rows_reason
 from .plan import make_plan
 from .spec import ObjectiveSpec
 
@@ -23,7 +23,7 @@ def explain_choice(
     mode: str = "auto",
     workspace_bytes: int | None = None,
 ) -> tuple[str, str]:
-    """Backend and mode, and the kind of row passes, each with its reason.
+    """Backend and mode, and how the row passes run, each with its reason.
 
     Args:
         num_rows: counted tokens of a call.
@@ -38,11 +38,11 @@ def explain_choice(
         workspace_bytes: as in the call.
 
     Raises:
-        ValueError: an unknown name, or a mode that cannot run, with the reason.
+        ValueError: an unknown name, or a backend or mode that cannot run, with the reason.
     """
     why_not = one_pass_reason(spec, is_on_policy)
     chosen_mode = choose_mode(mode, why_not)
-    chosen_backend = choose_backend(backend)
+    choice = choose_backend(backend, torch.device(device), dtype)
     # shapes, dtype and device are all that the predicates read
     hidden = torch.empty(0, hidden_size, dtype=dtype, device=device)
     weight = torch.empty(1, 1, dtype=dtype, device=device).expand(vocab_size, hidden_size)
@@ -51,10 +51,16 @@ def explain_choice(
         hidden,
         weight,
         num_rows,
-        backend=chosen_backend,
+        backend=choice.name,
         mode=chosen_mode,
         workspace_bytes=workspace_bytes,
         needs_weight_grad=True,
-        is_compiled=eager_reason is None,
+        is_compiled=eager_reason is None and choice.name == "torch",
     )
-    return reasons(plan, num_rows, why_not, eager_reason)
+    mode_text = mode_reason(plan, num_rows, why_not)
+    passes = rows_reason(eager_reason)
+    if choice.name != "torch":
+        passes = {"triton": "row passes by Triton kernels", "dense": "all logits at once"}[
+            choice.name
+        ]
+    return f"backend {choice.name} ({choice.reason}), {mode_text}", passes

@@ -18,7 +18,7 @@ class Plan:
     """How one call runs.
 
     Attributes:
-        backend: "torch" or "dense".
+        backend: "triton", "torch" or "dense".
         mode: "one_pass" or "two_pass".
         chunk_rows: rows of logits that exist at once.
         block_rows: rows of one block of the row work.
