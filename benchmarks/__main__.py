@@ -15,6 +15,7 @@ COMMANDS = {
     "loss": "the fused loss beside its floor and its peers",
     "quickstart": "the main job over seeds beside its rivals",
     "record": "keep the result of a finished run",
+    "roofline": "the cost model: operations, bytes and floor of each step",
     "readme": "write the numbers of the result files into README.md",
 }
 
