@@ -12,6 +12,7 @@ import shlex
 import sys
 
 COMMANDS = {
+    "compile-gate": "compile every Triton kernel for GPUs that are not here; 1 when one fails",
     "loss": "the fused loss beside its floor and its peers",
     "quickstart": "the main job over seeds beside its rivals",
     "record": "keep the result of a finished run",

@@ -1,0 +1,133 @@
+"""`python -m benchmarks compile-gate`: every shipped kernel, compiled for GPUs that are not here.
+
+Compiles each configuration that the launchers of `crpo_kernels` can start (`shipped_calls`) for
+sm_80, sm_90, sm_100 and gfx942, prints what became of it, and ends with exit status 1 when one
+
+* spills registers, or asks for more shared memory than the GPU has;
+* multiplies tiles without the GPU's tensor-core instruction (only kernels with `tl.dot`);
+* streams rows without 128-bit global loads in each of its loops;
+* drops a NaN in the objective (a `min` or `max` where there should be a `where`);
+* does not compile, or not in time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from . import farm
+from .compile_report import TARGETS, Job, Report, row_of, table
+
+SHIPPED = "benchmarks.shipped_calls:shipped_jobs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=list(TARGETS),
+        help="compile for this one only; may be repeated (default: all)",
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--jobs", type=int, default=usable_cores(), help="compilers at once")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one compilation")
+    parser.add_argument(
+        "--launches", default=SHIPPED, help="module:function that lists what to compile"
+    )
+
+
+def usable_cores() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def listed_jobs(name: str) -> list[Job]:
+    """What ``module:function`` lists.
+
+    Raises:
+        ValueError: not of that form, or nothing is listed.
+    """
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise ValueError(f"--launches: expected module:function, got {name!r}. Write {SHIPPED}.")
+    jobs = getattr(importlib.import_module(module), function)()
+    if not jobs:
+        raise ValueError(f"--launches: expected launches, got none from {name}. List some.")
+    return jobs
+
+
+def distinct(jobs: list[Job], targets: list[str]) -> list[tuple[Job, str]]:
+    """(job, target) without those that compile to the same code as an earlier one.
+
+    A job that cannot even be specialised stays: compiling it says why.
+    """
+    from .inspect_triton import specialisation_key
+
+    seen, kept = set(), []
+    for target in targets:
+        for job in jobs:
+            try:
+                key = specialisation_key(job, TARGETS[target])
+            except Exception as error:  # the compiler's answer to it is a row
+                key = f"{job.name} {error}"
+            rules = (target, job.streams_rows, job.is_objective)
+            if (key, rules) not in seen:
+                seen.add((key, rules))
+                kept.append((job, target))
+    return kept
+
+
+def compile_pair(pair: tuple[Job, str]) -> tuple[Report, float]:
+    """The report of one compilation and the seconds it took."""
+    from .inspect_triton import compile_job
+
+    start = time.perf_counter()
+    report = compile_job(pair[0], TARGETS[pair[1]])
+    return report, time.perf_counter() - start
+
+
+def gate(pairs: list[tuple[Job, str]], num_workers: int, timeout: float) -> list[dict]:
+    """One row per pair, in their order."""
+    rows: list[dict] = [{}] * len(pairs)
+    for index, result in farm.run(compile_pair, pairs, num_workers, timeout):
+        job, target = pairs[index]
+        if isinstance(result, farm.Failure):
+            name = getattr(job.kernel, "__name__", str(job.kernel))
+            result = Report(name, job.name, target, error=result.reason), 0.0
+        rows[index] = row_of(result[0], job, result[1])
+    return rows
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Compile, print the table; 1 when something failed."""
+    if os.environ.get("TRITON_INTERPRET"):  # kernels imported under it cannot be compiled
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        print("TRITON_INTERPRET is set: the gate starts again without it", flush=True)
+        command = [sys.executable, *sys.orig_argv[1:]]
+        return subprocess.run(command, env=environment, check=False).returncode
+    start = time.perf_counter()
+    jobs = listed_jobs(options.launches)
+    pairs = distinct(jobs, options.target or list(TARGETS))
+    rows = gate(pairs, options.jobs, options.timeout)
+    print(table(rows))
+    failed = [row for row in rows if row["problems"]]
+    counts = Counter(row["kernel"] for row in failed)
+    print(
+        f"{len(jobs)} launches, {len(rows)} compilations, {time.perf_counter() - start:.0f} s: "
+        + (f"{len(failed)} failed ({dict(counts)})" if failed else "all pass")
+    )
+    if options.json:
+        import triton
+
+        found = {"triton": triton.__version__, "python": sys.version.split()[0], "rows": rows}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 1 if failed else 0

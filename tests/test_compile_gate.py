@@ -1,0 +1,184 @@
+"""The compile gate refuses what it should, passes what it may, and the shipped kernels pass it.
+
+Kernels of the test process may be there for Triton's interpreter, so the gate runs in processes of
+its own, as a user starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import farm
+from benchmarks.compile_report import TARGETS, Job, Report, problems
+from conftest import ROOT
+
+
+def missing_tools() -> str | None:
+    """Why nothing can be compiled for NVIDIA here, or None."""
+    knobs = pytest.importorskip("triton").knobs.nvidia
+    for name in ("ptxas", "ptxas_blackwell", "cuobjdump"):
+        try:
+            path = getattr(knobs, name).path
+        except RuntimeError as error:
+            return str(error)
+        if not os.access(path, os.X_OK):
+            return f"{path} is not there"
+    return None
+
+
+@pytest.fixture
+def compile_gate(tmp_path):
+    """Runs the command; returns its exit status, its rows by configuration, and what it printed."""
+    reason = missing_tools()
+    if reason:
+        pytest.skip(f"triton came without its NVIDIA tools: {reason}")
+
+    def run(*options, **variables):
+        path = tmp_path / "gate.json"
+        paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels", "tests"))
+        made = subprocess.run(
+            [sys.executable, "-m", "benchmarks", "compile-gate", "--json", str(path), *options],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": paths, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
+        )
+        assert path.exists(), made.stderr
+        rows = json.loads(path.read_text("utf-8"))["rows"]
+        return made.returncode, rows, made.stdout
+
+    return run
+
+
+def test_clean_kernels_pass_on_every_target(compile_gate):
+    status, rows, printed = compile_gate("--launches", "gate_kernels:clean")
+    assert status == 0, printed
+    assert {row["target"] for row in rows} == set(TARGETS)
+    assert len(rows) == 7 * len(TARGETS)  # the eighth is the first again
+    found = {(row["configuration"], row["target"]): row for row in rows}
+    matrix = {t: found["tensor cores", t]["matrix_instruction"] for t in TARGETS}
+    assert matrix == {t.name: t.matrix_instruction for t in TARGETS.values()}
+    assert {found["tensor cores", t]["has_dot"] for t in TARGETS} == {True}
+    assert {found["wide", t]["has_dot"] for t in TARGETS} == {False}
+    # one bf16 tile of [2, 64, 64] is the least that two stages of a product can hold
+    assert all(found["tensor cores", t]["shared_bytes"] >= 2 * 64 * 64 * 2 for t in TARGETS)
+    assert all(row["registers"] > 0 and row["stack_bytes"] == 0 for row in rows)
+    assert found["wide", "sm_90"]["load_bytes"] == [16] * 4  # 2048 fp32 on 128 threads
+    assert found["wide, bf16", "gfx942"]["load_bytes"] == [16]  # 2048 bf16 on 256 threads
+    assert "28 compilations" in printed
+    assert printed.count(" ok\n") == 28
+
+
+def test_each_fault_is_refused_by_its_name(compile_gate):
+    options = ("--launches", "gate_kernels:refused", "--target", "sm_90")
+    status, rows, printed = compile_gate(*options, TRITON_INTERPRET="1")
+    assert status == 1
+    found = {row["configuration"]: "; ".join(row["problems"]) for row in rows}
+    expected = {
+        "mask on every tile": "narrow loads: [4, 4,",
+        "odd pitch": "narrow loads: [4, 4,",
+        "row of 16384 in one warp": "bytes of stack",
+        "four huge stages": "shared memory: 393216 bytes, limit 232448",
+        "tile of 16": "tl.dot became mma.sync, not wgmma.mma_async",
+        "minimum": "drops NaN: 8 instructions, the first is min.f32",
+        "clamp": "drops NaN: 16 instructions, the first is max.f32",
+        "wrong shapes": "CompilationError",
+        "missing argument": "TypeError",
+        "not a kernel": "expected a triton.jit function",
+    }
+    assert found.keys() == expected.keys()
+    for name, text in expected.items():
+        assert text in found[name], name
+        assert f"{found[name]}\n" in printed
+    assert "10 failed" in printed
+
+
+def test_a_slow_compiler_costs_its_row(compile_gate):
+    options = ("--launches", "gate_kernels:slow", "--target", "gfx942", "--target", "sm_80")
+    status, rows, _ = compile_gate(*options, "--timeout", ".6", "--jobs", "2", **fresh_cache())
+    assert status == 1
+    failed = {(row["configuration"], row["target"]): row["problems"] for row in rows}
+    assert failed["row of 16384 in one warp", "gfx942"] == ["no result within 0.6 s"]
+
+
+def fresh_cache():
+    """Triton compiles anew."""
+    return {"TRITON_ALWAYS_COMPILE": "1"}
+
+
+def test_shipped_kernels_pass(compile_gate):
+    start = time.perf_counter()
+    status, rows, printed = compile_gate()
+    assert status == 0, printed
+    assert {row["target"] for row in rows} == set(TARGETS)
+    objective = [row for row in rows if row["kernel"] == "objective_kernel"]
+    assert len(objective) == 48 * len(TARGETS)  # 4 policy terms, 4 kl, 3 rho
+    print(f"{len(rows)} compilations in {time.perf_counter() - start:.0f} s")
+
+
+REPORT = Report("k", "c", "sm_80", registers=32, load_bytes=(16,), num_loops=1, num_loops_wide=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"stack_bytes": 8}, "spills"),
+        ({"num_spilled": 1, "target": "gfx942"}, "spills"),
+        ({"shared_bytes": 166912}, None),
+        ({"shared_bytes": 166913}, "shared memory"),
+        ({"shared_bytes": 166913, "target": "sm_90"}, None),
+        ({"shared_bytes": 65537, "target": "gfx942"}, "shared memory"),
+        ({"has_dot": True}, "scalar code"),
+        ({"has_dot": True, "matrix_instruction": "mma.sync"}, None),
+        ({"has_dot": True, "matrix_instruction": "mma.sync", "target": "sm_100"}, "tcgen05"),
+        ({"num_loops": 2}, "narrow loads"),
+        ({"num_loops": 0, "num_loops_wide": 0, "load_bytes": ()}, "narrow loads"),
+        ({"min_max": ("min.f32 a, b, c",)}, "drops NaN"),
+        ({"error": "no result within 1 s"}, "no result"),
+    ],
+)
+def test_rules(changes, expected):
+    job = Job("c", None, {}, streams_rows=True, is_objective=True)
+    found = problems(replace(REPORT, **changes), job)
+    assert len(found) == (expected is not None)
+    assert expected is None or expected in found[0]
+
+
+def behave(item):
+    """What may happen to a worker."""
+    if item == "raises":
+        raise ValueError("no\nuse")
+    if item == "hangs":
+        subprocess.run(["sleep", "600"], check=False)
+    if item == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == "leaves":
+        os._exit(3)
+    return item.upper()
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_workers_that_hang_or_die_cost_their_item_only(num_workers):
+    items = ["a", "raises", "hangs", "b", "dies", "leaves", "c"]
+    found = dict(farm.run(behave, items, num_workers, timeout=1.0))
+    reasons = [r.reason if isinstance(r, farm.Failure) else r for _, r in sorted(found.items())]
+    assert reasons == [
+        "A",
+        "ValueError: no use",
+        "no result within 1 s",
+        "B",
+        "its process died with signal SIGKILL",
+        "its process died with exit status 3",
+        "C",
+    ]
