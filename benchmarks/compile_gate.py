@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 from . import farm
 from .compile_report import TARGETS, Job, Report, row_of, table
+from .output import write_json
 
 SHIPPED = "benchmarks.shipped_calls:shipped_jobs"
 
@@ -111,8 +112,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     if os.environ.get("TRITON_INTERPRET"):  # kernels imported under it cannot be compiled
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         print("TRITON_INTERPRET is set: the gate starts again without it", flush=True)
-        command = [sys.executable, *sys.orig_argv[1:]]
-        return subprocess.run(command, env=environment, check=False).returncode
+        again = [sys.executable, *sys.orig_argv[1:]]
+        return subprocess.run(again, env=environment, check=False).returncode
     start = time.perf_counter()
     jobs = listed_jobs(options.launches)
     pairs = distinct(jobs, options.target or list(TARGETS))
@@ -125,9 +126,11 @@ def run(options: argparse.Namespace, command: str) -> int:
         + (f"{len(failed)} failed ({dict(counts)})" if failed else "all pass")
     )
     if options.json:
-        import triton
-
-        found = {"triton": triton.__version__, "python": sys.version.split()[0], "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        found = {
+            "command": command,
+            "triton": version("triton"),
+            "python": sys.version.split()[0],
+            "rows": rows,
+        }
+        write_json(options.json, found)
     return 1 if failed else 0

@@ -119,10 +119,10 @@ def problems(report: Report, job: Job) -> list[str]:
             f"tl.dot became {report.matrix_instruction or 'scalar code'}, "
             f"not {target.matrix_instruction}"
         )
-    if job.streams_rows and not (report.num_loops and report.num_loops_wide == report.num_loops):
-        found.append(
-            f"narrow loads: {list(report.load_bytes)} bytes, at least one of {WIDE} a loop"
-        )
+    is_wide = 0 < report.num_loops == report.num_loops_wide
+    if job.streams_rows and not is_wide:
+        sizes = list(report.load_bytes)
+        found.append(f"narrow loads: {sizes} bytes, at least one of {WIDE} in each loop")
     if job.is_objective and report.min_max:
         number = len(report.min_max)
         found.append(f"drops NaN: {number} instructions, the first is {report.min_max[0]}")

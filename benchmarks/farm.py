@@ -33,7 +33,7 @@ class Worker:
 
     process: Any  # of CONTEXT
     pipe: connection.Connection
-    item: int | None = None
+    item: int = -1
     deadline: float = float("inf")  # time.monotonic(), seconds
 
     def give(self, item: int, timeout: float) -> None:
@@ -88,9 +88,8 @@ def answer(worker: Worker, is_ready: bool, timeout: float) -> Any:
             return worker.pipe.recv()
         except (EOFError, ConnectionError):
             return Failure(ending(worker))
-    return (
-        Failure(f"no result within {timeout:g} s") if time.monotonic() >= worker.deadline else None
-    )
+    is_late = time.monotonic() >= worker.deadline
+    return Failure(f"no result within {timeout:g} s") if is_late else None
 
 
 def run(
@@ -99,7 +98,7 @@ def run(
     """Yields (index, result or `Failure`) for every item, in the order in which they end.
 
     Args:
-        function: called as ``function(item)`` in a worker; its result must be picklable and not None.
+        function: called as ``function(item)`` in a worker; its result is pickled, and not None.
         items: anything.
         num_workers: how many processes at most.
         timeout: seconds for one item, after which its worker is killed and replaced.

@@ -73,7 +73,9 @@ def compile_job(job: Job, target: Target) -> Report:
     compiled = triton.compile(source, target=gpu, options=options)
     is_cuda = target.backend == "cuda"
     assembly = compiled.asm["ptx" if is_cuda else "amdgcn"]
-    resources = cubin_resources(compiled.asm["cubin"]) if is_cuda else amd_resources(assembly)
+    resources: dict[str, Any] = (
+        cubin_resources(compiled.asm["cubin"]) if is_cuda else amd_resources(assembly)
+    )
     loads = list(loop_loads(assembly, target.backend))
     matrix = MATRIX[target.backend].search(assembly)
     return Report(
@@ -107,7 +109,7 @@ def cubin_resources(cubin: bytes) -> dict[str, int]:
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
-    """The same from the metadata at the end of AMD assembly, which also counts spilled registers."""
+    """The same from the metadata that ends AMD assembly; it also counts spilled registers."""
     names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     found = {name: int(re.findall(rf"\.{name}:\s*(\d+)", assembly)[-1]) for name in names}
     return {
