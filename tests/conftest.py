@@ -11,6 +11,7 @@ import os
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported by any test
@@ -96,3 +97,11 @@ def device() -> str:
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN or the largest integer: code that reads it fails."""
     triton_tools.poison_empty(monkeypatch)
+
+
+@pytest.fixture
+def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same with guards around it: code that writes beside its buffers fails."""
+    check = triton_tools.guard_empty(monkeypatch)
+    yield
+    assert check(), "nothing was allocated with torch.empty, empty_like or new_empty"

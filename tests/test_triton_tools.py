@@ -56,3 +56,17 @@ def test_guards_notice_a_write_behind_the_last_row_or_column(dtype):
     guarded.buffer[6, 7] = float("nan") if dtype.is_floating_point else 0
     with pytest.raises(AssertionError, match=r"guard \[6, 7\]"):
         guarded.check()
+
+
+def test_guards_around_fresh_memory(monkeypatch):
+    check = triton_tools.guard_empty(monkeypatch)
+    made = torch.empty(2, 3)
+    assert made.shape == (2, 3)
+    assert made.isnan().all()
+    assert torch.empty((4,), dtype=torch.int32).tolist() == [2**31 - 1] * 4
+    assert torch.empty_like(made).shape == made.new_empty(2, 3).shape == (2, 3)
+    assert made.new_empty((0,)).shape == (0,)
+    assert check() == 5
+    made.as_strided((7,), (1,))[6] = 0.5
+    with pytest.raises(AssertionError, match=r"buffer 0, 6 x torch.float32: element 6 holds 0.5"):
+        check()

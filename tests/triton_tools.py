@@ -22,7 +22,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "TRITON_INTERPRET"
-NUM_GUARDS = 3  # rows and columns around a buffer that nobody may touch
+NUM_GUARDS = 3  # rows and columns behind a buffer that nobody may touch
+MARGIN = 64  # elements before and behind it; keeps the alignment
 
 
 def why_no_triton() -> str | None:
@@ -64,9 +65,7 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args, **kwargs) -> Tensor:
             tensor = make(*args, **kwargs)
-            if tensor.is_floating_point() or tensor.is_complex():
-                return tensor.fill_(float("nan"))
-            return tensor.fill_(_garbage(tensor.dtype))
+            return tensor.fill_(_fresh(tensor.dtype))
 
         return made
 
@@ -74,6 +73,46 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     makers += [(Tensor, name) for name in ("new_empty", "new_empty_strided")]
     for owner, name in makers:
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def guard_empty(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Poison fresh memory and put guards before and behind it.
+
+    Returns:
+        ``check()``, which fails when a guard was overwritten and returns how many buffers it
+        looked at.
+    """
+    empty, buffers = torch.empty, []
+
+    def guarded(*shape, dtype=None, device=None, **options) -> Tensor:
+        sizes = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
+        dtype = dtype or torch.get_default_dtype()
+        outer = empty(sizes.numel() + 2 * MARGIN, dtype=dtype, device=device, **options)
+        outer.fill_(_guard(dtype))
+        inside = outer[MARGIN : MARGIN + sizes.numel()].fill_(_fresh(dtype))
+        buffers.append(outer)
+        return inside.view(sizes)
+
+    def like(tensor: Tensor, *shape, dtype=None, device=None, **options) -> Tensor:
+        shape = shape or tensor.shape
+        return guarded(
+            *shape, dtype=dtype or tensor.dtype, device=device or tensor.device, **options
+        )
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(torch, "empty_like", like)
+    monkeypatch.setattr(Tensor, "new_empty", like)
+
+    def check() -> int:
+        for number, outer in enumerate(buffers):
+            touched = outer != _guard(outer.dtype)
+            touched[MARGIN : outer.numel() - MARGIN] = False
+            first = touched.nonzero()[:1].flatten().tolist()
+            what = f"buffer {number}, {outer.numel() - 2 * MARGIN} x {outer.dtype}"
+            assert not first, f"{what}: element {first[0] - MARGIN} holds {outer[first[0]].item()}"
+        return len(buffers)
+
+    return check
 
 
 class Guarded:
@@ -85,14 +124,13 @@ class Guarded:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
         outer = [size + NUM_GUARDS for size in shape]
-        self.value = -77.0 if dtype.is_floating_point else 77
-        fresh = float("nan") if dtype.is_floating_point else _garbage(dtype)
+        self.value = _guard(dtype)
         self.buffer = torch.full(outer, self.value, dtype=dtype, device=device)
         self.inside = torch.zeros(outer, dtype=torch.bool, device=device)
         where = tuple(slice(0, size) for size in shape)
         self.inside[where] = True
         self.tensor = self.buffer[where]
-        self.tensor.fill_(fresh)
+        self.tensor.fill_(_fresh(dtype))
 
     def check(self) -> None:
         """Fail, naming the first guard that was overwritten."""
@@ -101,5 +139,13 @@ class Guarded:
         assert not first, f"guard {first[0]} holds {self.buffer[tuple(first[0])].item()}"
 
 
-def _garbage(dtype: torch.dtype) -> int:
+def _fresh(dtype: torch.dtype) -> float | int:
+    """What unwritten memory holds."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
     return 1 if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+def _guard(dtype: torch.dtype) -> float | int:
+    """What a guard holds."""
+    return -77.0 if dtype.is_floating_point or dtype.is_complex else 77

@@ -4,12 +4,17 @@
 
 so a micro-batch, a rank or a packing layout may hold any part of the tokens and the sum over all
 parts is the same. Counts that are not given are taken from the call, which is right only when the
-call holds everything. All counts are clamped to at least 1.
+call holds everything. All counts are clamped to at least 1. Numbers are fp64 until
+the result.
 
     token_mean     1 / num_tokens
     sequence_mean  1 / (len_b * num_sequences)
     constant       1 / (num_sequences * max_length)
     bnpo           1 / (num_groups * group_tokens[group_ids[b]])
+
+Tensors on a device are never read on the host, which would wait for the device (except "bnpo"
+without ``group_tokens``, whose number of groups decides a shape): what only their values can tell
+is refused on the CPU alone.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .support import asks_for_interpreter, triton_obstacle
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
 REDUCTIONS = ("sequence_mean", "present_only", "token_mean")
@@ -92,24 +99,26 @@ def _bnpo_denominators(
             "group_ids: expected the group of each sequence for aggregation='bnpo', got None. "
             "Pass group_ids=[...], one per sequence of cu_seqlens, fixed before packing."
         )
-    groups = torch.as_tensor(group_ids, device=mask.device).long().reshape(-1)  # [B]
-    if groups.numel() != num_local:
+    host = torch.as_tensor(group_ids).long().reshape(-1)  # [B] where the caller has it
+    if host.numel() != num_local:
         raise ValueError(
             f"group_ids: expected {num_local} values, one per sequence of cu_seqlens, "
-            f"got {groups.numel()}. Pass the group of every sequence in the order of cu_seqlens."
+            f"got {host.numel()}. Pass the group of every sequence in the order of cu_seqlens."
         )
+    groups = on_device(host, mask.device, torch.int64)  # [B]
     if group_tokens is None:
-        num_groups = int(groups.max()) + 1 if num_local else 0
+        num_groups = int(host.max()) + 1 if num_local else 0
         tokens = mask.new_zeros(num_groups).index_add_(
             0, groups[sequence_ids], mask
         )  # [num_groups]
     else:
-        tokens = torch.as_tensor(group_tokens, device=mask.device).to(mask.dtype).reshape(-1)
-    if num_local and not 0 <= int(groups.min()) <= int(groups.max()) < tokens.numel():
+        tokens = on_device(group_tokens, mask.device, mask.dtype).reshape(-1)  # [num_groups]
+    is_readable = num_local and host.device.type == "cpu"
+    low, high = (int(x) for x in torch.aminmax(host)) if is_readable else (0, -1)
+    if low < 0 or high >= tokens.numel():
         raise ValueError(
             f"group_ids: expected values in 0..{tokens.numel() - 1} (group_tokens has "
-            f"{tokens.numel()} groups), got {int(groups.min())}..{int(groups.max())}. "
-            "Number the groups from 0."
+            f"{tokens.numel()} groups), got {low}..{high}. Number the groups from 0."
         )
     return tokens.clamp(min=1)[groups] * max(tokens.numel(), 1)
 
@@ -153,25 +162,74 @@ def stage_entropy_weights(
     _check_choice("reduction", reduction, REDUCTIONS)
     is_tensor = isinstance(coefs, Tensor) and coefs.is_floating_point()
     dtype = coefs.dtype if is_tensor else torch.get_default_dtype()
-    ids = stage_ids.reshape(-1).long()  # [T]
-    work = count_dtype(ids.device)
-    stage_coefs = torch.as_tensor(coefs, device=ids.device).to(work).reshape(-1)  # [S]
+    ids = stage_ids.reshape(-1)  # [T]
+    stage_coefs = on_device(coefs, ids.device, count_dtype(ids.device)).reshape(-1)  # [S]
     num_stages = stage_coefs.numel()
     _check_stage_ids(ids, num_stages)
-    sequence_ids, num_local = sequence_of_token(cu_seqlens, ids.numel(), ids.device)
-    has_stage = ids >= 0  # [T]
-    cell = (sequence_ids * num_stages + ids).masked_fill(~has_stage, 0)  # [T] index into [B, S]
-    counts = torch.zeros(max(num_local * num_stages, 1), dtype=work, device=ids.device)
-    counts.index_add_(0, cell, has_stage.to(work))  # [B * S]
-    per_cell = _cell_weights(
-        counts[: num_local * num_stages].view(num_local, num_stages),
-        stage_coefs,
-        reduction,
-        reference_length,
-        {"sequences": num_sequences, "present": num_present, "tokens": num_stage_tokens},
+    bounds = on_device(_checked_bounds(cu_seqlens, ids.numel()), ids.device)  # [B + 1]
+    count, look_up = _torch_counts, _torch_look_up
+    if triton_reason(ids.device, stage_coefs.requires_grad) is None:
+        from .stage_triton import stage_counts_fwd as count
+        from .stage_triton import stage_weights_fwd as look_up
+
+        ids, bounds = ids.contiguous(), bounds.contiguous()
+    counts = count(ids, bounds, num_stages)  # [B, S]
+    totals = {"sequences": num_sequences, "present": num_present, "tokens": num_stage_tokens}
+    cells = _cell_weights(
+        counts.to(stage_coefs.dtype), stage_coefs, reduction, reference_length, totals
     )  # [B, S]
-    flat = torch.cat((per_cell.reshape(-1), per_cell.new_zeros(1)))  # [B * S + 1] never empty
-    return torch.where(has_stage, flat[cell], 0.0).to(dtype)
+    return look_up(ids, bounds, cells.to(dtype))
+
+
+def triton_reason(device: torch.device, needs_gradient: bool = False) -> str | None:
+    """Why the Triton kernels do not make stage weights on ``device``, or None where they do.
+
+    Both ways give the same numbers to the bit.
+
+    Args:
+        device: of the stage ids.
+        needs_gradient: whether somebody differentiates the weights in the coefficients.
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile traces torch operations"
+    if needs_gradient:
+        return "coefs needs a gradient, and the kernels have none"
+    if device.type == "cpu" and not asks_for_interpreter():
+        return "on a CPU the kernels run in Triton's interpreter, for TRITON_INTERPRET=1 alone"
+    obstacle = triton_obstacle(device, torch.float32)
+    return None if obstacle is None else obstacle.reason
+
+
+def _torch_counts(
+    ids: Tensor,  # [T]
+    bounds: Tensor,  # [B + 1]
+    num_stages: int,
+) -> Tensor:  # [B, S] n_bk
+    """Tokens of each stage in each sequence."""
+    cell, is_cell = _cell_of_token(ids, bounds, num_stages)
+    num_local = bounds.numel() - 1
+    counts = torch.zeros(max(num_local * num_stages, 1), dtype=torch.int64, device=ids.device)
+    counts.index_add_(0, cell, is_cell.long())
+    return counts[: num_local * num_stages].view(num_local, num_stages)
+
+
+def _torch_look_up(
+    ids: Tensor,  # [T]
+    bounds: Tensor,  # [B + 1]
+    cells: Tensor,  # [B, S]
+) -> Tensor:  # [T]
+    """Each token's cell; 0 for stage -1, NaN for a stage that there is not."""
+    cell, is_cell = _cell_of_token(ids, bounds, cells.shape[1])
+    flat = torch.cat((cells.reshape(-1), cells.new_zeros(1)))  # [B * S + 1] never empty
+    others = torch.zeros_like(flat[cell]).masked_fill(ids != -1, float("nan"))
+    return torch.where(is_cell, flat[cell], others)
+
+
+def _cell_of_token(ids: Tensor, bounds: Tensor, num_stages: int) -> tuple[Tensor, Tensor]:
+    """([T] index into the flat [B, S], 0 for tokens without a cell; [T] has one)."""
+    is_cell = (ids >= 0) & (ids < num_stages)
+    sequence_ids = _sequence_of_token(bounds, ids.numel())
+    return (sequence_ids * num_stages + ids).masked_fill(~is_cell, 0), is_cell
 
 
 def _cell_weights(
@@ -204,7 +262,7 @@ def _cell_weights(
 
 
 def _per_stage(argument: str, values: Tensor | Sequence[float], counts: Tensor) -> Tensor:  # [S]
-    tensor = torch.as_tensor(values, device=counts.device).to(counts.dtype).reshape(-1)
+    tensor = on_device(values, counts.device, counts.dtype).reshape(-1)
     if tensor.numel() != counts.shape[1]:
         raise ValueError(
             f"{argument}: expected {counts.shape[1]} values, one per stage, got {tensor.numel()}. "
@@ -232,6 +290,17 @@ def sequence_of_token(
     Raises:
         ValueError: ``cu_seqlens`` does not run from 0 to T without going back (checked on the CPU).
     """
+    bounds = on_device(_checked_bounds(cu_seqlens, num_rows), device)
+    return _sequence_of_token(bounds, num_rows), bounds.numel() - 1
+
+
+def _sequence_of_token(bounds: Tensor, num_rows: int) -> Tensor:  # [T] int64
+    positions = torch.arange(num_rows, device=bounds.device)
+    return torch.searchsorted(bounds[1:].long(), positions, right=True)
+
+
+def _checked_bounds(cu_seqlens: Tensor, num_rows: int) -> Tensor:  # [B + 1]
+    """``cu_seqlens`` as a tensor, with its values checked where the host has them."""
     bounds = torch.as_tensor(cu_seqlens)
     if bounds.dim() != 1 or bounds.numel() < 1 or bounds.is_floating_point():
         raise ValueError(
@@ -246,9 +315,7 @@ def sequence_of_token(
                 f"{bounds.tolist()[:8]}... ending at {int(bounds[-1])}. "
                 "Pass the running sum of the sequence lengths, 0 first."
             )
-    positions = torch.arange(num_rows, device=device)
-    ids = torch.searchsorted(bounds[1:].to(device).long(), positions, right=True)
-    return ids, bounds.numel() - 1
+    return bounds
 
 
 def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
@@ -265,4 +332,29 @@ def count_dtype(device: torch.device) -> torch.dtype:
 
 def at_least_one(count: Count, like: Tensor) -> Tensor:
     """``count`` as a scalar tensor beside ``like``, clamped to 1."""
-    return torch.as_tensor(count, device=like.device).to(like.dtype).clamp(min=1)
+    return on_device(count, like.device, like.dtype).clamp(min=1)
+
+
+def on_device(
+    values: Tensor | Sequence[float] | Count,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``values`` on a device, without waiting for it.
+
+    A copy from ordinary memory of the host waits until all that was queued before is done. So
+    numbers travel as arguments of fill kernels (which a CUDA graph may capture), tensors of the
+    host through pinned memory.
+    """
+    if isinstance(values, Tensor):
+        if device.type == "cuda" and values.device.type == "cpu":
+            return values.to(dtype or values.dtype).pin_memory().to(device, non_blocking=True)
+        return values.to(device=device, dtype=dtype or values.dtype)
+    if device.type != "cuda":
+        return torch.as_tensor(values, dtype=dtype, device=device)
+    if isinstance(values, int | float):
+        return torch.full((), values, dtype=dtype, device=device)
+    filled = torch.empty(len(values), dtype=dtype, device=device)
+    for place, value in zip(filled.unbind(), values, strict=True):
+        place.fill_(value)
+    return filled
