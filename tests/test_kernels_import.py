@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import os
 import subprocess
 import sys
+
+import pytest
 
 import crpo_kernels as ck
 
@@ -24,13 +28,28 @@ loss, stats = ck.linear_policy_loss(
     h, w, torch.arange(3), token_weights=torch.ones(3), spec=ck.ObjectiveSpec.preset("sft")
 )
 loss.backward()
+weights = ck.stage_entropy_weights(torch.tensor([0, 0, -1]), torch.tensor([0, 3]), [1.0])
+assert weights.tolist() == [0.5, 0.5, 0.0]
+try:
+    ck.linear_policy_loss(
+        h, w, torch.arange(3), token_weights=torch.ones(3), backend="triton",
+        spec=ck.ObjectiveSpec.preset("sft"),
+    )
+except ValueError as error:
+    assert "Triton is not installed" in str(error), error
+else:
+    raise AssertionError("backend='triton' without triton")
 print(float(w.grad.abs().sum()) > 0, "triton" in sys.modules, "transformers" in sys.modules)
 """
 
 
-def test_imports_and_runs_with_torch_alone(root):
+@pytest.mark.parametrize("interpret", [None, "1"])
+def test_imports_and_runs_with_torch_alone(root, interpret):
+    """Even where the environment asks for the interpreter of a triton that is not there."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", BLOCKED],
+        env=environment | ({"TRITON_INTERPRET": interpret} if interpret else {}),
         capture_output=True,
         text=True,
         cwd=root / "kernels",
@@ -39,6 +58,18 @@ def test_imports_and_runs_with_torch_alone(root):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["True", "False", "False"]
+
+
+def test_triton_is_imported_by_triton_modules_only(root):
+    found = {}
+    for path in sorted((root / "kernels" / "crpo_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "triton" for name in names):
+                found.setdefault(path.stem, []).append(node.lineno)
+    assert found, "no module imports triton"
+    assert {name: lines for name, lines in found.items() if not name.endswith("_triton")} == {}
 
 
 def test_signatures_are_the_contract():

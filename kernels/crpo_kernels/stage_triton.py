@@ -25,8 +25,8 @@ from torch import Tensor
 
 from .launch_triton import launch
 
-BLOCK_T = 512  # tokens per step of a sequence, and per program of the second kernel
-MAX_BLOCK_S = 16  # stages per program: BLOCK_T x 16 comparisons in registers
+BLOCK_T = 256  # tokens per step of a sequence, and per program of the second kernel
+MAX_BLOCK_S = 16  # stages per program: BLOCK_T x 16 counts in registers
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_stages"])
@@ -46,12 +46,12 @@ def stage_counts_fwd_kernel(
     begin = tl.where(begin < 0, 0, begin)
     end = tl.where(end > num_tokens, num_tokens, end)
     offs_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    counts = tl.zeros([BLOCK_S], dtype=tl.int32)
+    found = tl.zeros([BLOCK_T, BLOCK_S], dtype=tl.int32)  # reduced once, after the loop
     for start in range(begin, end, BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)  # int64
         ids = tl.load(ids_ptr + offs_t, mask=offs_t < end, other=-1)
-        is_here = ids[:, None] == offs_s[None, :]  # [BLOCK_T, BLOCK_S]
-        counts += tl.sum(is_here.to(tl.int32), axis=0)
+        found += (ids[:, None] == offs_s[None, :]).to(tl.int32)
+    counts = tl.sum(found, axis=0)  # [BLOCK_S]
     tl.store(counts_ptr + sequence * num_stages + offs_s, counts, mask=offs_s < num_stages)
 
 
