@@ -9,8 +9,9 @@ import torch
 
 import crpo_kernels as ck
 from crpo_kernels import chunked, compilation
+from crpo_kernels.rows import LogitView
 from crpo_kernels.rows_compiled import CompiledRows
-from crpo_kernels.rows_torch import EagerRows, LogitView
+from crpo_kernels.rows_torch import EagerRows
 from crpo_kernels.spec import ObjectiveSpec
 from crpo_kernels.terms import Coefficients
 from numerics import (

@@ -36,9 +36,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .autograd import Objective
 from .call import HeadCall
 from .dispatch import one_pass_reason
+from .row_table import Objective
 from .spec import Logprobs, ObjectiveSpec, TokenStats
 from .validate import (
     check_objective,

@@ -9,43 +9,17 @@ one_pass is the first; two_pass is the second followed by the third. A second de
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked import Gradients, Head, backprop, d_weight_of, empty_stats, one_pass, score
-from .rows_torch import RowStats
-from .spec import Logprobs, ObjectiveSpec, TokenInputs
+from .chunked import Gradients, Head, backprop, d_weight_of, one_pass, score
+from .row_table import OUTPUTS, Objective, RowTable
+from .rows import RowStats
+from .spec import Logprobs
 from .terms import Coefficients, LossRows, evaluate
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised over the counted rows of one call."""
-
-    spec: ObjectiveSpec
-    inputs: TokenInputs  # of [n]
-    sequence_ids: Tensor | None  # [n], for gspo
-
-
-class LossRowsCollector:
-    """Evaluates the objective chunk by chunk and keeps the per-token results."""
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.stats: list[RowStats] = []
-        self.rows: list[LossRows] = []
-
-    def __call__(self, rows: slice, stats: RowStats) -> Coefficients:
-        """The coefficients of one chunk."""
-        inputs = self.objective.inputs.take(rows)
-        result = evaluate(self.objective.spec, inputs, stats.logprobs, stats.entropy, stats.lse)
-        self.stats.append(stats)
-        self.rows.append(result)
-        return result.coefficients
 
 
 class OnePassLoss(torch.autograd.Function):
@@ -58,11 +32,12 @@ class OnePassLoss(torch.autograd.Function):
         weight: Tensor,  # [V, D]
         bias: Tensor | None,  # [V]
         head: Head,
-        collector: LossRowsCollector,
+        objective: Objective,
+        tables: list[RowTable],
     ) -> Tensor:  # []
-        """The loss; per-token results stay in ``collector``."""
-        gradients = one_pass(hidden, weight, head, collector)
-        loss = total_loss(collector, hidden)
+        """The loss; per-token results are appended to ``tables``."""
+        gradients, table = one_pass(hidden, weight, head, objective)
+        tables.append(table)
         kept = gradients.d_raw is not None
         ctx.save_for_backward(
             gradients.d_hidden,
@@ -74,7 +49,7 @@ class OnePassLoss(torch.autograd.Function):
         )
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.weight_dtype = weight.dtype
-        return loss
+        return table.column("loss").sum()
 
     @staticmethod
     @once_differentiable
@@ -91,14 +66,8 @@ class OnePassLoss(torch.autograd.Function):
             None if d_bias is None else (d_bias * grad_out).to(ctx.bias_dtype),
             None,
             None,
+            None,
         )
-
-
-def total_loss(collector: LossRowsCollector, hidden: Tensor) -> Tensor:
-    """The sum over the chunks; 0 without rows."""
-    if not collector.rows:
-        return empty_stats(hidden).logprobs.sum()
-    return torch.stack([result.loss for result in collector.rows]).sum()
 
 
 class ChunkedLogprobs(torch.autograd.Function):
@@ -113,12 +82,13 @@ class ChunkedLogprobs(torch.autograd.Function):
         head: Head,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [n] each
         """(logprobs, entropy, lse, is_top1) of the counted rows."""
-        stats, raw = score(hidden, weight, head)
+        table, raw = score(hidden, weight, head)
+        stats = table.stats()
         ctx.save_for_backward(hidden, weight, *stats)
         ctx.kept_raw, ctx.head = raw, head
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        outputs = (stats.logprobs.clone(), stats.entropy, stats.lse, stats.is_top1.clone())
+        outputs = tuple(table.column(name).clone() for name in OUTPUTS)
         ctx.mark_non_differentiable(outputs[3])
         return outputs
 
@@ -163,7 +133,7 @@ class ObjectiveLoss(torch.autograd.Function):
         )
         results.append(result)
         ctx.save_for_backward(*result.coefficients)
-        return result.loss
+        return result.loss.sum()
 
     @staticmethod
     @once_differentiable
@@ -180,5 +150,6 @@ def head_logprobs(
     if head.needs_any:
         *outputs, is_top1 = ChunkedLogprobs.apply(hidden, weight, bias, head)
         return Logprobs(*outputs), is_top1
-    stats, _ = score(hidden, weight, head)
-    return Logprobs(stats.logprobs, stats.entropy, stats.lse), stats.is_top1
+    table, _ = score(hidden, weight, head)
+    logprobs, entropy, lse, is_top1 = (table.column(name) for name in OUTPUTS)
+    return Logprobs(logprobs, entropy, lse), is_top1

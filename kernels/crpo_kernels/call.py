@@ -11,20 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .autograd import (
-    LossRowsCollector,
-    Objective,
-    ObjectiveLoss,
-    OnePassLoss,
-    head_logprobs,
-    total_loss,
-)
+from .autograd import ObjectiveLoss, OnePassLoss, head_logprobs
 from .chunked import Head, one_pass, stats_dtype, without_autocast
 from .compilation import uncompiled_reason
 from .dispatch import choose_backend, choose_mode, log_choice
 from .plan import make_plan
 from .reference import dense_logits, dense_logprobs
-from .rows_torch import LogitView
+from .row_table import Objective, RowTable
+from .rows import LogitView
 from .spec import Logprobs, TokenInputs, TokenStats
 from .terms import LossRows
 from .validate import (
@@ -161,39 +155,32 @@ class HeadCall:
     def policy_loss(self, objective: Objective) -> tuple[Tensor, TokenStats]:
         """Loss ``[]`` and statistics ``[T]``."""
         if self.head.plan.backend != "dense" and self.head.plan.mode == "one_pass":
-            collector = LossRowsCollector(objective)
+            tables: list[RowTable] = []
             if self.needs_any:
-                loss = OnePassLoss.apply(self.hidden, self.weight, self.bias, self.head, collector)
+                loss = OnePassLoss.apply(
+                    self.hidden, self.weight, self.bias, self.head, objective, tables
+                )
             else:
-                one_pass(self.hidden, self.weight, self.head, collector)
-                loss = total_loss(collector, self.hidden)
-            outputs = [
-                (stats.logprobs, stats.entropy, stats.lse, stats.is_top1)
-                for stats in collector.stats
-            ]
-            return loss, self.token_stats(outputs, collector.rows)
+                tables.append(one_pass(self.hidden, self.weight, self.head, objective)[1])
+                loss = tables[0].column("loss").sum()
+            return loss, self.token_stats(tables[0].values, tables[0].names)
         results: list[LossRows] = []
         values, is_top1 = self.logprobs()
         loss = ObjectiveLoss.apply(*values, objective, results)
-        return loss, self.token_stats([(*values, is_top1)], results)
+        columns = {**values._asdict(), "is_top1": is_top1, **vars(results[0])}
+        names = [name for name in TokenStats._fields if name in columns]
+        table = torch.stack([columns[name].detach().to(self.dtype) for name in names])
+        return loss, self.token_stats(table, names)
 
-    def token_stats(
-        self, outputs: Sequence[tuple[Tensor, ...]], results: list[LossRows]
-    ) -> TokenStats:
-        """Statistics of all chunks, scattered to ``[T]``."""
-        names = ("token_loss", "ratio", "kl", "rho", "is_clipped")
-        columns = [[chunk[i] for chunk in outputs] for i in range(4)]
-        columns += [[getattr(result, name) for result in results] for name in names]
-        empty = self.hidden.new_empty(0, dtype=self.dtype)
-        joined = [
-            self.scatter((torch.cat(column) if len(column) > 1 else (*column, empty)[0]).detach())
-            for column in columns
-        ]
-        logprobs, entropy, lse, is_top1, token_loss, ratio, kl, rho, is_clipped = joined
-        return TokenStats(
-            logprobs, entropy, lse, token_loss, ratio, kl, rho, is_clipped.bool(), is_top1.bool(),
-            self.scatter(torch.ones_like(self.labels, dtype=torch.bool)),
-        )  # fmt: skip
+    def token_stats(self, table: Tensor, names: Sequence[str]) -> TokenStats:
+        """Statistics scattered to ``[T]`` from the columns of ``table`` ``[names, n]``."""
+        if self.rows is not None:
+            table = table.new_zeros(table.shape[0], self.num_rows).index_copy_(1, self.rows, table)
+        columns = dict(zip(names, table.unbind(), strict=True))
+        counted = self.scatter(torch.ones_like(self.labels, dtype=torch.bool))
+        values = {name: columns[name] for name in TokenStats._fields if name in columns}
+        flags = {name: values[name] > 0 for name in ("is_clipped", "is_top1")}
+        return TokenStats(**{**values, **flags}, is_counted=counted)
 
 
 def cast_for_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

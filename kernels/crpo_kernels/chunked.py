@@ -1,28 +1,34 @@
 """Chunks of rows: the products around the row work, for both modes.
 
-    one_pass   for each chunk:  Z = hidden_c W^T;  stats;  objective;  dZ;  dH_c = dZ W
-               one chunk:   keep dZ, and dW = dZ^T (hidden * grad_out) is one product in backward
-               several:     dW accumulates over the chunks in fp32
-    two_pass   score:  Z, stats for each chunk          (Z of a single chunk is kept)
-               backprop:  Z again, dZ, dH_c, dW for each chunk
+    one_pass   for each group of G rows:
+                   for each chunk of C rows:  Z = hidden_c W^T;  stats and objective;  dZ
+                   d_hidden of the group = dZ W
+               one group:   keep dZ, and d_weight = dZ^T (hidden * grad_out) is one product in
+                            backward
+               several:     d_weight accumulates over the groups in fp32
+    two_pass   score:  Z, stats for each chunk          (Z of a single chunk in place is kept)
+               backprop:  Z again, dZ, d_hidden, d_weight as above
 
-Shapes: T rows of ``hidden``, n <= T counted rows, C rows of a chunk. ``rows`` ``[n]`` are the
-indices of the counted rows, None when all count; everything else per token is already compact,
-``[n]``.
+Shapes: T rows of ``hidden``, n <= T counted rows. ``rows`` ``[n]`` are the indices of the counted
+rows, None when all count; everything else per token is already compact, ``[n]``. `plan` says C and
+G, and where dZ overwrites Z.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .plan import Plan, raw_dtype
+from .plan import PRODUCT_ROWS, Plan, is_separate, padded, raw_dtype
+from .products import add_product, product
+from .row_table import OUTPUTS, SUMS, Objective, RowTable, RowWork
+from .rows import LogitView, RowStats
 from .rows_compiled import CompiledRows
-from .rows_torch import EagerRows, LogitView, RowStats
+from .rows_torch import EagerRows
 from .terms import Coefficients
 
 
@@ -71,30 +77,45 @@ class Chunks:
         self, hidden: Tensor, weight: Tensor, head: Head, kept_raw: Tensor | None = None
     ) -> None:
         self.hidden, self.weight, self.head = hidden, weight, head
-        self.num_rows = head.labels.numel()
+        self.num_rows, plan = head.labels.numel(), head.plan
         self.is_kept = kept_raw is not None
-        size = min(head.plan.chunk_rows, self.num_rows)
+        size = min(plan.chunk_rows, self.num_rows)
+        self.is_separate = is_separate(hidden, plan.backend)
         if kept_raw is None:
-            kept_raw = hidden.new_empty(size, weight.shape[0], dtype=raw_dtype(hidden))
+            kept_raw = self._buffer(size, raw_dtype(hidden, plan.backend))
         self.raw = kept_raw  # [C, V]
-        in_place = not head.needs_any or self.raw.dtype == hidden.dtype
-        self.d_raw = self.raw if in_place else hidden.new_empty(self.raw.shape)  # [C, V]
-        dtype, plan = stats_dtype(hidden), head.plan
-        self.work: CompiledRows | EagerRows
-        if plan.is_compiled:
-            self.work = CompiledRows(dtype)
-        else:
-            block_rows = max(1, min(plan.block_rows, size))
-            self.work = EagerRows(block_rows, weight.shape[0], dtype, hidden)
+        self.d_raw = self.raw  # [G, V]
+        if self.is_separate and head.needs_any:
+            self.d_raw = self._buffer(min(plan.group_rows, self.num_rows), hidden.dtype)
+        self.work = self._row_work(size)
 
-    def __iter__(self) -> Iterator[slice]:
-        """Slices of the counted rows."""
-        step = self.head.plan.chunk_rows
-        for start in range(0, self.num_rows, step):
-            yield slice(start, min(start + step, self.num_rows))
+    def _buffer(self, num_rows: int, dtype: torch.dtype) -> Tensor:  # [num_rows, V]
+        """Rows of logits; on a pitch that wide loads want where they are not updated in place."""
+        vocab_size = self.weight.shape[0]
+        pitch = padded(vocab_size) if self.is_separate else vocab_size
+        return self.hidden.new_empty(num_rows, pitch, dtype=dtype)[:, :vocab_size]
+
+    def _row_work(self, size: int) -> RowWork:
+        plan, dtype = self.head.plan, stats_dtype(self.hidden)
+        if plan.backend == "triton":
+            from .rows_triton import TritonRows  # needs triton
+
+            return TritonRows()
+        if plan.is_compiled:
+            return CompiledRows(dtype)
+        block_rows = max(1, min(plan.block_rows, size))
+        return EagerRows(block_rows, self.weight.shape[0], dtype, self.hidden)
+
+    def groups(self) -> Iterator[list[slice]]:
+        """The chunks of each group, as slices of the counted rows."""
+        plan = self.head.plan
+        for start in range(0, self.num_rows, plan.group_rows):
+            stop = min(start + plan.group_rows, self.num_rows)
+            firsts = range(start, stop, plan.chunk_rows)
+            yield [slice(first, min(first + plan.chunk_rows, stop)) for first in firsts]
 
     def hidden_of(self, rows: slice) -> Tensor:  # [C, D]
-        """The hidden states of a chunk."""
+        """The hidden states of some counted rows."""
         if self.head.rows is None:
             return self.hidden[rows]
         return self.hidden.index_select(0, self.head.rows[rows])
@@ -104,48 +125,59 @@ class Chunks:
         out = self.raw[: rows.stop - rows.start]
         if self.is_kept:
             return out
-        if out.dtype == self.hidden.dtype:
-            return torch.mm(self.hidden_of(rows), self.weight.t(), out=out)
-        return torch.mm(self.hidden_of(rows), self.weight.t(), out_dtype=out.dtype, out=out)
+        return product(self.hidden_of(rows), self.weight.t(), out)
 
-    def stats(self, rows: slice, raw: Tensor) -> RowStats:
-        """Statistics of a chunk."""
-        return self.work.stats(raw, self.head.labels[rows], self.head.view.take(rows))
+    def view_of(self, rows: slice) -> LogitView:
+        """How the raw products of a chunk become logits."""
+        return self.head.view.take(rows)
 
-    def grad(self, rows: slice, raw: Tensor, stats: RowStats, coefficients: Coefficients) -> Tensor:
-        """Gradient of the raw products of a chunk ``[C, V]``."""
-        d_raw = self.d_raw[: raw.shape[0]]
-        labels, view = self.head.labels[rows], self.head.view.take(rows)
-        self.work.grad_(raw, d_raw, labels, view, stats, coefficients)
-        return d_raw
+    def put_stats(self, rows: slice, raw: Tensor, table: RowTable) -> None:
+        """Statistics of a chunk, into the table."""
+        self.work.put_stats(raw, self.head.labels[rows], self.view_of(rows), table, rows)
+
+    def put_loss(
+        self, rows: slice, raw: Tensor, table: RowTable, objective: Objective
+    ) -> tuple[RowStats, Coefficients]:
+        """Statistics, loss and slopes of a chunk."""
+        labels = self.head.labels[rows]
+        return self.work.put_loss(raw, labels, self.view_of(rows), table, rows, objective)
+
+    def grad(
+        self, rows: slice, first: int, raw: Tensor, stats: RowStats, coefficients: Coefficients
+    ) -> None:
+        """The gradient of a chunk's raw products, into the rows of its group from ``first`` on."""
+        d_raw = self.d_raw[rows.start - first : rows.stop - first]
+        self.work.grad_(raw, d_raw, self.head.labels[rows], self.view_of(rows), stats, coefficients)
 
 
-def score(hidden: Tensor, weight: Tensor, head: Head) -> tuple[RowStats, Tensor | None]:
+def score(hidden: Tensor, weight: Tensor, head: Head) -> tuple[RowTable, Tensor | None]:
     """Statistics of all counted rows ``[n]``, and the raw products if one chunk held them all."""
-    chunks = Chunks(hidden, weight, head)
+    reads = replace(head, needs_hidden=False, needs_weight=False, needs_bias=False)
+    chunks = Chunks(hidden, weight, reads)
+    table = RowTable((*SUMS, *OUTPUTS), chunks.num_rows, hidden, stats_dtype(hidden))
     with without_autocast(hidden), torch.no_grad():
-        parts = [chunks.stats(rows, chunks.logits(rows)) for rows in chunks]
-    if not parts:
-        return empty_stats(hidden), None
-    stats = RowStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
-    return stats, chunks.raw if len(parts) == 1 else None
-
-
-def empty_stats(hidden: Tensor) -> RowStats:
-    """Statistics of no rows at all."""
-    empty = hidden.new_empty(0, dtype=stats_dtype(hidden))
-    return RowStats(empty, empty, empty, empty, empty.bool())
+        for group in chunks.groups():
+            for rows in group:
+                chunks.put_stats(rows, chunks.logits(rows), table)
+    is_single = 0 < chunks.num_rows <= head.plan.chunk_rows
+    return table, chunks.raw if is_single and not chunks.is_separate else None
 
 
 def one_pass(
     hidden: Tensor,  # [T, D]
     weight: Tensor,  # [V, D]
     head: Head,
-    objective: Callable[[slice, RowStats], Coefficients],
-) -> Gradients:
-    """Mode A: ``objective`` says the coefficients of a chunk while its logits are hot."""
+    objective: Objective,
+) -> tuple[Gradients, RowTable]:
+    """Mode A: the objective says the coefficients of a chunk while its logits are hot."""
+    chunks = Chunks(hidden, weight, head)
+    table = RowTable(chunks.work.loss_columns, chunks.num_rows, hidden, stats_dtype(hidden))
+
+    def coefficients_of(rows: slice, raw: Tensor) -> tuple[RowStats, Coefficients]:
+        return chunks.put_loss(rows, raw, table, objective)
+
     with without_autocast(hidden), torch.no_grad():
-        return _run(hidden, weight, head, objective, kept_raw=None, stats=None)
+        return _run(chunks, coefficients_of), table
 
 
 def backprop(
@@ -158,65 +190,88 @@ def backprop(
 ) -> Gradients:
     """Mode B's second pass: gradients of all rows from known statistics and coefficients."""
 
-    def take(rows: slice, _stats: RowStats) -> Coefficients:
-        return coefficients.take(rows)
+    def take(rows: slice, _raw: Tensor) -> tuple[RowStats, Coefficients]:
+        return stats.take(rows), coefficients.take(rows)
 
     with without_autocast(hidden), torch.no_grad():
-        return _run(hidden, weight, head, take, kept_raw=kept_raw, stats=stats)
+        return _run(Chunks(hidden, weight, head, kept_raw), take)
 
 
 def _run(
-    hidden: Tensor,
-    weight: Tensor,
-    head: Head,
-    coefficients_of: Callable[[slice, RowStats], Coefficients],
-    *,
-    kept_raw: Tensor | None,
-    stats: RowStats | None,
+    chunks: Chunks,
+    coefficients_of: Callable[[slice, Tensor], tuple[RowStats, Coefficients]],
 ) -> Gradients:
-    """The loop over chunks that both modes share."""
+    """The loop over groups and chunks that both modes share."""
+    head, hidden, weight = chunks.head, chunks.hidden, chunks.weight
     gradients = Gradients()
     if head.needs_hidden:
         make = torch.empty_like if head.rows is None else torch.zeros_like
         gradients.d_hidden = make(hidden, memory_format=torch.contiguous_format)
     if head.needs_bias:
         gradients.d_bias = hidden.new_zeros(weight.shape[0], dtype=stats_dtype(hidden))
-    chunks = Chunks(hidden, weight, head, kept_raw)
-    is_single = head.plan.chunk_rows >= chunks.num_rows
+    is_single = head.plan.group_rows >= chunks.num_rows
     if head.needs_weight and not is_single:
-        gradients.d_weight = weight.new_zeros(weight.shape, dtype=stats_dtype(hidden))
-    for rows in chunks:
-        raw = chunks.logits(rows)
-        chunk_stats = chunks.stats(rows, raw) if stats is None else stats.take(rows)
-        coefficients = coefficients_of(rows, chunk_stats)
-        if not head.needs_any:
-            continue
-        d_raw = chunks.grad(rows, raw, chunk_stats, coefficients)
-        _add_products(gradients, chunks, rows, d_raw)
+        gradients.d_weight = weight.new_empty(weight.shape, dtype=stats_dtype(hidden))
+    for group in chunks.groups():
+        first = group[0].start
+        for rows in group:
+            raw = chunks.logits(rows)
+            stats, coefficients = coefficients_of(rows, raw)
+            if head.needs_any:
+                chunks.grad(rows, first, raw, stats, coefficients)
+        if head.needs_any:
+            _add_products(gradients, chunks, slice(first, group[-1].stop))
     if head.needs_weight and is_single:
         gradients.d_raw = chunks.d_raw[: chunks.num_rows]
     return gradients
 
 
-def _add_products(gradients: Gradients, chunks: Chunks, rows: slice, d_raw: Tensor) -> None:
-    """The products of a chunk's gradient: d_hidden, d_bias and a share of d_weight."""
-    head, weight = chunks.head, chunks.weight
+def _add_products(gradients: Gradients, chunks: Chunks, rows: slice) -> None:
+    """The products of a group's gradient: d_hidden, d_bias and a share of d_weight."""
+    d_raw = chunks.d_raw[: rows.stop - rows.start]  # [G, V]
     if gradients.d_bias is not None:
         gradients.d_bias += d_raw.sum(0, dtype=gradients.d_bias.dtype)
     if gradients.d_hidden is not None:
-        if head.rows is None:
-            torch.mm(d_raw, weight, out=gradients.d_hidden[rows])
-        else:
-            gradients.d_hidden.index_copy_(0, head.rows[rows], torch.mm(d_raw, weight))
-    if gradients.d_weight is None:
+        _put_d_hidden(gradients.d_hidden, chunks, rows, d_raw)
+    if gradients.d_weight is not None:
+        _add_d_weight(gradients.d_weight, chunks, rows, d_raw)
+
+
+def _put_d_hidden(d_hidden: Tensor, chunks: Chunks, rows: slice, d_raw: Tensor) -> None:
+    """The rows of a group in d_hidden; on a GPU summed in fp32, split sums too, and cast once."""
+    counted, weight = chunks.head.rows, chunks.weight
+    if not chunks.is_separate and counted is None:
+        torch.mm(d_raw, weight, out=d_hidden[rows])
         return
+    step = PRODUCT_ROWS if chunks.is_separate else d_raw.shape[0]
+    dtype = torch.float32 if chunks.is_separate else d_raw.dtype
+    for start in range(0, d_raw.shape[0], step):
+        part = d_raw[start : start + step]
+        result = product(part, weight, part.new_empty(part.shape[0], weight.shape[1], dtype=dtype))
+        own = slice(rows.start + start, rows.start + start + part.shape[0])
+        if counted is None:
+            d_hidden[own] = result
+        else:
+            d_hidden.index_copy_(0, counted[own], result.to(d_hidden.dtype))
+
+
+def _add_d_weight(d_weight: Tensor, chunks: Chunks, rows: slice, d_raw: Tensor) -> None:
+    """A group's share of d_weight ``[V, D]``; the first one writes."""
     hidden = chunks.hidden_of(rows)
-    if gradients.d_weight.dtype == d_raw.dtype:
-        gradients.d_weight.addmm_(d_raw.t(), hidden)
-    else:  # each chunk's share is rounded once, the sum over chunks is not
-        for start in range(0, weight.shape[0], head.plan.slab_rows):
-            slab = slice(start, start + head.plan.slab_rows)
-            gradients.d_weight[slab] += torch.mm(d_raw[:, slab].t(), hidden)
+    if chunks.is_separate or d_weight.dtype == d_raw.dtype:
+        if rows.start == 0:
+            product(d_raw.t(), hidden, d_weight)
+        else:
+            add_product(d_weight, d_raw.t(), hidden)
+        return
+    slab_rows = chunks.head.plan.slab_rows
+    for start in range(0, d_weight.shape[0], slab_rows):  # each share is rounded once, no sum is
+        slab = slice(start, start + slab_rows)
+        share = torch.mm(d_raw[:, slab].t(), hidden)
+        if rows.start == 0:
+            d_weight[slab] = share
+        else:
+            d_weight[slab] += share
 
 
 def d_weight_of(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -73,3 +74,11 @@ def _probe_kernel():
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set at their import."""
     return not isinstance(_probe_kernel, triton.runtime.JITFunction)
+
+
+def constant(value: float | str) -> Any:
+    """A module's constant as a kernel may read it: compiled ones want ``tl.constexpr``.
+
+    The interpreter computes with plain numbers: a comparison of a constexpr with a block fails.
+    """
+    return value if is_interpreted() else tl.constexpr(value)

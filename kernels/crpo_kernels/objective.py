@@ -82,8 +82,8 @@ def policy_term(policy, logprob, log_ratio, advantages, clip_low, clip_high):
     return clip_term(log_ratio, advantages, clip_low, clip_high)  # clip; gspo by its log ratio
 
 
-def exp_remainder(x):
-    """e^x - 1 - x, accurate where it cancels; exp's argument, and only that, is bounded by 20."""
+def remainder_series(x):
+    """e^x - 1 - x by its series, for |x| < 0.5."""
     series = 1.0 + x / 12.0
     series = 1.0 + x / 11.0 * series
     series = 1.0 + x / 10.0 * series
@@ -94,8 +94,22 @@ def exp_remainder(x):
     series = 1.0 + x / 5.0 * series
     series = 1.0 + x / 4.0 * series
     series = 1.0 + x / 3.0 * series
-    is_small = (x < SERIES_BOUND) & (x > -SERIES_BOUND)
-    return ops.where(is_small, 0.5 * x * x * series, bounded_exp_above(x) - 1.0 - x)
+    return 0.5 * x * x * series
+
+
+def is_near_zero(x):
+    """Where e^x - 1 cancels and the series holds."""
+    return (x < SERIES_BOUND) & (x > -SERIES_BOUND)
+
+
+def exp_remainder(x):
+    """e^x - 1 - x, accurate where it cancels; exp's argument, and only that, is bounded by 20."""
+    return ops.where(is_near_zero(x), remainder_series(x), bounded_exp_above(x) - 1.0 - x)
+
+
+def expm1(x):
+    """e^x - 1, accurate where it cancels; x is a logprob, at most 0 up to rounding."""
+    return ops.where(is_near_zero(x), x + remainder_series(x), ops.exp(x) - 1.0)
 
 
 def bounded_exp_above(x):
@@ -129,3 +143,76 @@ def rho_term(rho_mode, log_rho, rho_cap, rho_floor):
 def weighted(weight, x):
     """Weight * x, but 0 where the weight is 0, whatever garbage (an unset logprob) made ``x``."""
     return ops.where(weight == 0, 0.0, weight * x)
+
+
+def token_terms(
+    policy,
+    kl_estimator,
+    rho_mode,
+    uses_kl,
+    logprob,
+    log_ratio,
+    log_rho,
+    advantages,
+    ref_logprob,
+    clip_low,
+    clip_high,
+    kl_coef,
+    rho_cap,
+    rho_floor,
+):
+    """Rho * policy term + kl_coef * KL; returns value, slope, ratio, kl, rho, is_clipped.
+
+    ``log_rho`` and ``ref_logprob`` are None without a correction and without a reference, and
+    ``uses_kl`` says whether the KL takes part or is only told.
+    """
+    value, slope, ratio, is_clipped = policy_term(
+        policy, logprob, log_ratio, advantages, clip_low, clip_high
+    )
+    rho = 0.0 * logprob + 1.0
+    if rho_mode is not None:
+        rho = rho_term(rho_mode, log_rho, rho_cap, rho_floor)
+        value = rho * value
+        slope = rho * slope
+    kl = 0.0 * logprob
+    if ref_logprob is not None:
+        kl, kl_slope = kl_term(kl_estimator, logprob, ref_logprob)
+        if uses_kl:
+            value = value + kl_coef * kl
+            slope = slope + kl_coef * kl_slope
+    return value, slope, ratio, kl, rho, is_clipped
+
+
+def row_loss(value, token_weight, entropy, entropy_weight, lse, z_weight):
+    """What a row adds to the loss; the weights of entropy and lse^2 may be None."""
+    loss = weighted(token_weight, value)
+    if entropy_weight is not None:
+        loss = loss + weighted(entropy_weight, entropy)
+    if z_weight is not None:
+        loss = loss + weighted(z_weight, lse * lse)
+    return loss
+
+
+def lse_slope(lse, z_weight):
+    """The derivative of z_weight * lse^2."""
+    return 2.0 * z_weight * lse
+
+
+def row_factors(g, q, l, logprob, entropy, mean_shift):  # noqa: E741  (the names of the formula)
+    """How g, q, l (d loss / d logprob, entropy, lse) reach a row's logits; q and l may be None.
+
+        dz_j = p_j (a - q (z_j - m))        a = l - g + q t/s
+        dz_y = g (1 - p_y) - p_y (q (logprob + H) - l)      1 - p_y = -expm1(logprob): no cancelling
+
+    Returns a and dz_y; t/s is ``mean_shift``, the mean of z_j - m.
+    """
+    minus_p = -ops.exp(logprob)
+    a = -g
+    label_grad = -g * expm1(logprob)
+    if q is not None:
+        a = a + q * mean_shift
+        label_grad = label_grad + minus_p * q * (logprob + entropy)
+    if l is not None:
+        a = a + l
+        label_grad = label_grad - minus_p * l
+    return a, label_grad

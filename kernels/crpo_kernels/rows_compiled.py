@@ -14,13 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows_torch import (
-    LOWEST_LOGIT,
-    LogitView,
-    RowStats,
-    finish_stats,
-    row_factors,
-)
+from .rows import LOWEST_LOGIT, LogitView, RowStats, finish_stats, row_factors
+from .rows_torch import TorchRows
 from .terms import Coefficients
 
 
@@ -87,7 +82,7 @@ def _arguments(view: LogitView, num_rows: int, like: Tensor) -> tuple:
     return view.bias, inner, column.unsqueeze(1)
 
 
-class CompiledRows:
+class CompiledRows(TorchRows):
     """The row work in generated loops, with statistics in ``dtype``."""
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import kl_term, policy_term, rho_term, weighted
+from .objective import lse_slope, row_loss, token_terms, weighted
 from .spec import ObjectiveSpec, TokenInputs
 
 
@@ -36,7 +36,7 @@ class Coefficients(NamedTuple):
 class LossRows:
     """The objective of C rows."""
 
-    loss: Tensor  # [] sum over the rows
+    loss: Tensor  # [C] what each row adds
     coefficients: Coefficients
     token_loss: Tensor  # [C]
     ratio: Tensor  # [C]
@@ -60,27 +60,18 @@ def evaluate(
         assert sequence_ids is not None, "gspo comes with its sequences"
         log_ratio = sequence_mean(log_ratio, sequence_ids)
     advantages = torch.zeros_like(logprobs) if inputs.advantages is None else inputs.advantages
-    value, slope, ratio, is_clipped = policy_term(
-        spec.policy, logprobs, log_ratio, advantages, spec.clip_low, spec.clip_high
-    )
-    rho = torch.ones_like(logprobs)
+    log_rho = None
     if spec.rho_mode is not None:
         assert inputs.rollout_logprobs is not None, "rho_mode comes with rollout_logprobs"
         log_rho = (logprobs if old is None else old) - inputs.rollout_logprobs
-        rho = rho_term(spec.rho_mode, log_rho, spec.rho_cap, spec.rho_floor)
-        value, slope = rho * value, rho * slope
-    kl = torch.zeros_like(logprobs)
-    if inputs.ref_logprobs is not None:
-        kl, kl_slope = kl_term(spec.kl_estimator, logprobs, inputs.ref_logprobs)
-        if spec.kl_coef:
-            value, slope = value + spec.kl_coef * kl, slope + spec.kl_coef * kl_slope
-    loss = weighted(inputs.token_weights, value).sum()
-    d_entropy, d_lse = inputs.entropy_weights, None
-    if d_entropy is not None:
-        loss = loss + weighted(d_entropy, entropy).sum()
-    if inputs.z_loss_weights is not None:
-        loss = loss + weighted(inputs.z_loss_weights, lse * lse).sum()
-        d_lse = 2.0 * inputs.z_loss_weights * lse
+    value, slope, ratio, kl, rho, is_clipped = token_terms(
+        spec.policy, spec.kl_estimator, spec.rho_mode, spec.kl_coef != 0,
+        logprobs, log_ratio, log_rho, advantages, inputs.ref_logprobs,
+        spec.clip_low, spec.clip_high, spec.kl_coef, spec.rho_cap, spec.rho_floor,
+    )  # fmt: skip
+    d_entropy, z_weights = inputs.entropy_weights, inputs.z_loss_weights
+    loss = row_loss(value, inputs.token_weights, entropy, d_entropy, lse, z_weights)  # [C]
+    d_lse = None if z_weights is None else lse_slope(lse, z_weights)
     g = weighted(inputs.token_weights, slope)
     return LossRows(loss, Coefficients(g, d_entropy, d_lse), value, ratio, kl, rho, is_clipped)
 

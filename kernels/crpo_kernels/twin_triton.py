@@ -17,7 +17,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .launch_triton import is_interpreted
+from .launch_triton import constant
 
 
 def triton_twin(module: ModuleType) -> SimpleNamespace:
@@ -42,7 +42,7 @@ def triton_twin(module: ModuleType) -> SimpleNamespace:
                 )
             functions[name] = FunctionType(value.__code__, scope, name)
         elif isinstance(value, int | float | str):
-            scope[name] = value if is_interpreted() else tl.constexpr(value)
+            scope[name] = constant(value)
     for name, function in functions.items():
         function.__module__ = scope["__name__"]
         scope[name] = triton.jit(function)

@@ -1,0 +1,28 @@
+"""Matrix products with fp32 results from bf16 factors, on each device its own way.
+
+A GPU writes fp32 from bf16 factors (``out_dtype``). A CPU rounds the product of bf16 factors to
+bf16; where fp32 is wanted there (Triton's interpreter, for checking) the factors are made fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` into ``out``, which may be wider than the factors."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``total += a @ b`` for factors that may be narrower than ``total``."""
+    if a.dtype == total.dtype:
+        return total.addmm_(a, b)
+    if a.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -1,0 +1,99 @@
+"""The per-row results of one call: one table, one column a name, filled chunk by chunk.
+
+Kernels write straight into it, torch's row work is copied into it, and what a caller sees is
+scattered back to ``[T]`` with one copy of the whole table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .rows import LogitView, RowStats
+from .spec import ObjectiveSpec, TokenInputs
+from .terms import Coefficients, LossRows
+
+SUMS = ("maximum", "log_sum", "mean_shift")  # what the gradient of a row needs
+OUTPUTS = ("logprobs", "entropy", "lse", "is_top1")
+TERMS = ("token_loss", "ratio", "kl", "rho", "is_clipped", "loss")
+SLOPES = ("d_logprobs", "d_lse")
+COLUMNS = (*SUMS, *OUTPUTS, *TERMS, *SLOPES)  # the order that kernels write
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised over the counted rows of one call."""
+
+    spec: ObjectiveSpec
+    inputs: TokenInputs  # of [n]
+    sequence_ids: Tensor | None  # [n], for gspo
+
+
+class RowTable:
+    """``[columns, n]`` in the dtype of the statistics; flags are 0 or 1."""
+
+    def __init__(
+        self, names: tuple[str, ...], num_rows: int, like: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.names = names
+        self.values = like.new_empty(len(names), num_rows, dtype=dtype)
+
+    def column(self, name: str, rows: slice = slice(None)) -> Tensor:  # [C]
+        """A view of one column."""
+        return self.values[self.names.index(name), rows]
+
+    def stats(self, rows: slice = slice(None)) -> RowStats:  # of [C]
+        """The statistics of some rows, as views."""
+        return RowStats(*(self.column(name, rows) for name in RowStats._fields))
+
+    def put(self, rows: slice, *records: RowStats | LossRows) -> None:
+        """Copy what some rows' records say of the table's columns."""
+        for name in self.names:
+            record = next(record for record in records if hasattr(record, name))
+            self.column(name, rows).copy_(getattr(record, name))
+
+
+class RowWork(Protocol):
+    """The row work of a backend on one chunk of C rows.
+
+    Attributes:
+        loss_columns: what it writes of a loss.
+    """
+
+    loss_columns: tuple[str, ...]
+
+    def put_stats(
+        self,
+        raw: Tensor,  # [C, V]
+        labels: Tensor,  # [C]
+        view: LogitView,
+        table: RowTable,
+        rows: slice,
+    ) -> None:
+        """Statistics, into the table."""
+
+    def put_loss(
+        self,
+        raw: Tensor,  # [C, V]
+        labels: Tensor,  # [C]
+        view: LogitView,
+        table: RowTable,
+        rows: slice,
+        objective: Objective,
+    ) -> tuple[RowStats, Coefficients]:
+        """Statistics and loss, into the table; what the gradient of the rows needs."""
+        ...
+
+    def grad_(
+        self,
+        raw: Tensor,  # [C, V]
+        d_raw: Tensor,  # [C, V] written
+        labels: Tensor,  # [C]
+        view: LogitView,
+        stats: RowStats,
+        coefficients: Coefficients,
+    ) -> None:
+        """Write d loss / d raw."""

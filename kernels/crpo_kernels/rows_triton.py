@@ -1,0 +1,456 @@
+"""The row work in Triton: one program a row, two streams over its logits.
+
+    row_stats   z = view(raw);  m = max z,  s = sum e^(z-m),  t = sum e^(z-m) (z-m)
+                epilogue on the row's scalars: logprob, entropy, lse, and the whole objective:
+                ratio, clip, KL, rho, token and stage entropy weight -> loss, g, l, statistics
+    row_grad    d_raw_j = p_j (a - q (z_j - m)) slope (1 - tanh^2),  g (1 - p_y) ... at y
+
+Formulas as in `rows_torch`; the objective is `objective`'s own code (`twin_triton`). m, s and t are
+kept per lane and joined once a row: with x = z - m, one exponential w = e^-|x| serves both cases,
+
+    x <= 0:  s += w,  t += w x             x > 0:  s = s w + 1,  t = w (t - x s),  m = z
+
+and starts from the finite -1e30, so that no inf - inf can appear. Full tiles load without a mask
+(masked loads are not vectorised), the last one with. `row_grad` writes to another buffer: in place,
+a thread's bf16 store would hit bytes that another has not loaded yet. Rows are addressed in int64:
+row * V passes 2^31 at 14 134 rows of V = 151 936. Nothing is atomic: results repeat bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import objective
+from .launch_triton import constant, launch
+from .row_table import COLUMNS, RowTable
+from .terms import Coefficients
+from .twin_triton import triton_twin
+
+if TYPE_CHECKING:
+    from .row_table import Objective
+    from .rows import LogitView, RowStats
+    from .spec import ObjectiveSpec, TokenInputs
+
+BLOCK_V = 2048  # logits a program loads at once
+NUM_WARPS = 8  # 8 fp32 logits a thread: two loads of 128 bits
+
+_twin = triton_twin(objective)
+_token_terms = _twin.token_terms
+_row_loss = _twin.row_loss
+_lse_slope = _twin.lse_slope
+_row_factors = _twin.row_factors
+_weighted = _twin.weighted
+
+# read by kernels as globals
+_LOGPROBS = constant(COLUMNS.index("logprobs"))
+_ENTROPY = constant(COLUMNS.index("entropy"))
+_LSE = constant(COLUMNS.index("lse"))
+_IS_TOP1 = constant(COLUMNS.index("is_top1"))
+_MAXIMUM = constant(COLUMNS.index("maximum"))
+_LOG_SUM = constant(COLUMNS.index("log_sum"))
+_MEAN_SHIFT = constant(COLUMNS.index("mean_shift"))
+_TOKEN_LOSS = constant(COLUMNS.index("token_loss"))
+_RATIO = constant(COLUMNS.index("ratio"))
+_KL = constant(COLUMNS.index("kl"))
+_RHO = constant(COLUMNS.index("rho"))
+_IS_CLIPPED = constant(COLUMNS.index("is_clipped"))
+_LOSS = constant(COLUMNS.index("loss"))
+_D_LOGPROBS = constant(COLUMNS.index("d_logprobs"))
+_D_LSE = constant(COLUMNS.index("d_lse"))
+
+# pointers into the middle of vectors: their alignment must not make variants
+_UNALIGNED = [
+    "labels_ptr", "outer_ptr", "table_ptr", "token_weights_ptr", "advantages_ptr",
+    "entropy_weights_ptr", "z_loss_weights_ptr", "old_logprobs_ptr", "rollout_logprobs_ptr",
+    "ref_logprobs_ptr", "logprobs_ptr", "maximum_ptr", "log_sum_ptr", "mean_shift_ptr",
+    "d_logprobs_ptr", "d_entropy_ptr", "d_lse_ptr",
+]  # fmt: skip
+
+
+@triton.jit
+def _tanh(x):
+    """Odd, and without cancelling near 0, where 1 - e^-2|x| would."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    y = x * x
+    near = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
+    return tl.where(y < 0.0625, x * near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _logits(raw, bias, inner, outer):
+    """Tempered logits from raw products; -1e30 stands for -inf, NaN stays."""
+    z = raw.to(tl.float32)
+    if bias is not None:
+        z += bias
+    if inner is not None:
+        z = _tanh(z * inner)
+    z *= outer
+    return tl.where(z < -1e30, -1e30, z)
+
+
+@triton.jit
+def _add_tile(z, mask, m, s, t):
+    """One more logit on each lane; ``mask`` None where all lanes have one."""
+    x = z - m
+    is_up = x > 0
+    w = tl.exp(-tl.abs(x))
+    e = w if mask is None else tl.where(mask, w, 0.0)
+    t = tl.where(is_up, w * (t - x * s), t + e * x)
+    s = tl.where(is_up, s * w + 1.0, s + e)
+    return tl.where(is_up, z, m), s, t
+
+
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
+def row_stats_fwd_kernel(
+    raw_ptr,  # [C, V] fp32
+    stride_raw,
+    labels_ptr,  # [C] int64
+    bias_ptr,  # [V] fp32 or None
+    outer_ptr,  # [C] fp32 or None
+    outer,  # fp32, where outer_ptr is None
+    inner,  # fp32 or None: no soft cap
+    vocab_size,
+    table_ptr,  # [columns, C] of [columns, n] fp32, written
+    stride_table,
+    token_weights_ptr,  # [C] fp32; from here on None where not given
+    advantages_ptr,
+    entropy_weights_ptr,
+    z_loss_weights_ptr,
+    old_logprobs_ptr,
+    rollout_logprobs_ptr,
+    ref_logprobs_ptr,
+    clip_low,
+    clip_high,
+    kl_coef,
+    rho_cap,
+    rho_floor,
+    POLICY: tl.constexpr,  # None: statistics alone
+    KL_ESTIMATOR: tl.constexpr,
+    RHO_MODE: tl.constexpr,
+    USES_KL: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Statistics of one row, and in the epilogue its loss and slopes."""
+    row = tl.program_id(0).to(tl.int64)
+    raw_ptr += row * stride_raw
+    table_ptr += row
+    if outer_ptr is not None:
+        outer = tl.load(outer_ptr + row)
+    offs_v = tl.arange(0, BLOCK_V)
+    m = tl.full([BLOCK_V], -1e30, tl.float32)
+    s = tl.zeros([BLOCK_V], tl.float32)
+    t = tl.zeros([BLOCK_V], tl.float32)
+    num_full = vocab_size // BLOCK_V * BLOCK_V
+    for start in range(0, num_full, BLOCK_V):
+        raw = tl.load(raw_ptr + start + offs_v)
+        bias = None
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + start + offs_v)
+        m, s, t = _add_tile(_logits(raw, bias, inner, outer), None, m, s, t)
+    if num_full < vocab_size:
+        mask_v = num_full + offs_v < vocab_size
+        raw = tl.load(raw_ptr + num_full + offs_v, mask=mask_v, other=0.0)
+        bias = None
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + num_full + offs_v, mask=mask_v, other=0.0)
+        z = tl.where(mask_v, _logits(raw, bias, inner, outer), -1e30)
+        m, s, t = _add_tile(z, mask_v, m, s, t)
+    maximum = tl.max(m, 0)
+    d = m - maximum
+    w = tl.exp(d)
+    row_sum = tl.sum(s * w, 0)
+    mean_shift = tl.sum(w * (t + d * s), 0) / row_sum
+    log_sum = tl.log(row_sum)
+
+    label = tl.load(labels_ptr + row)
+    label_bias = None
+    if bias_ptr is not None:
+        label_bias = tl.load(bias_ptr + label)
+    shift = _logits(tl.load(raw_ptr + label), label_bias, inner, outer) - maximum
+    # a fused multiply-add may round the label's logit another way: then it is the maximum itself
+    shift = tl.where(tl.abs(shift) <= 2.4e-7 * tl.abs(maximum), 0.0, shift)
+    logprob = shift - log_sum
+    entropy = log_sum - mean_shift
+    lse = maximum + log_sum
+    tl.store(table_ptr + _LOGPROBS * stride_table, logprob)
+    tl.store(table_ptr + _ENTROPY * stride_table, entropy)
+    tl.store(table_ptr + _LSE * stride_table, lse)
+    tl.store(table_ptr + _IS_TOP1 * stride_table, (shift >= 0).to(tl.float32))
+    tl.store(table_ptr + _MAXIMUM * stride_table, maximum)
+    tl.store(table_ptr + _LOG_SUM * stride_table, log_sum)
+    tl.store(table_ptr + _MEAN_SHIFT * stride_table, mean_shift)
+    if POLICY is not None:
+        _objective(
+            row, logprob, entropy, lse, table_ptr, stride_table,
+            token_weights_ptr, advantages_ptr, entropy_weights_ptr, z_loss_weights_ptr,
+            old_logprobs_ptr, rollout_logprobs_ptr, ref_logprobs_ptr,
+            clip_low, clip_high, kl_coef, rho_cap, rho_floor,
+            POLICY, KL_ESTIMATOR, RHO_MODE, USES_KL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _objective(
+    row, logprob, entropy, lse, table_ptr, stride_table,
+    token_weights_ptr, advantages_ptr, entropy_weights_ptr, z_loss_weights_ptr,
+    old_logprobs_ptr, rollout_logprobs_ptr, ref_logprobs_ptr,
+    clip_low, clip_high, kl_coef, rho_cap, rho_floor,
+    POLICY: tl.constexpr, KL_ESTIMATOR: tl.constexpr, RHO_MODE: tl.constexpr, USES_KL: tl.constexpr,
+):  # fmt: skip
+    """`terms.evaluate` on one row: its loss, slopes and statistics, written to the table."""
+    old = logprob
+    if old_logprobs_ptr is not None:
+        old = tl.load(old_logprobs_ptr + row)
+    advantages = 0.0 * logprob
+    if advantages_ptr is not None:
+        advantages = tl.load(advantages_ptr + row)
+    log_rho = None
+    if RHO_MODE is not None:
+        log_rho = old - tl.load(rollout_logprobs_ptr + row)
+    ref_logprob = None
+    if ref_logprobs_ptr is not None:
+        ref_logprob = tl.load(ref_logprobs_ptr + row)
+    value, slope, ratio, kl, rho, is_clipped = _token_terms(
+        POLICY, KL_ESTIMATOR, RHO_MODE, USES_KL,
+        logprob, logprob - old, log_rho, advantages, ref_logprob,
+        clip_low, clip_high, kl_coef, rho_cap, rho_floor,
+    )  # fmt: skip
+    token_weight = tl.load(token_weights_ptr + row)
+    entropy_weight = None
+    if entropy_weights_ptr is not None:
+        entropy_weight = tl.load(entropy_weights_ptr + row)
+    z_weight = None
+    if z_loss_weights_ptr is not None:
+        z_weight = tl.load(z_loss_weights_ptr + row)
+        tl.store(table_ptr + _D_LSE * stride_table, _lse_slope(lse, z_weight))
+    loss = _row_loss(value, token_weight, entropy, entropy_weight, lse, z_weight)
+    tl.store(table_ptr + _TOKEN_LOSS * stride_table, value)
+    tl.store(table_ptr + _RATIO * stride_table, ratio)
+    tl.store(table_ptr + _KL * stride_table, kl)
+    tl.store(table_ptr + _RHO * stride_table, rho)
+    tl.store(table_ptr + _IS_CLIPPED * stride_table, is_clipped.to(tl.float32))
+    tl.store(table_ptr + _LOSS * stride_table, loss)
+    tl.store(table_ptr + _D_LOGPROBS * stride_table, _weighted(token_weight, slope))
+
+
+@triton.jit
+def _gradient(z, maximum, log_sum, a, q, slope, inner, outer):
+    """D loss / d raw of one tile of a row, but for the label."""
+    shifted = z - maximum
+    dz = a
+    if q is not None:
+        dz = a - q * shifted
+    dz = tl.exp(shifted - log_sum) * dz * slope
+    if inner is not None:
+        tanh = z / outer
+        dz *= 1.0 - tanh * tanh
+    return dz
+
+
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
+def row_grad_fwd_kernel(
+    raw_ptr,  # [C, V] fp32
+    stride_raw,
+    d_raw_ptr,  # [C, V] bf16, fp16 or fp32, written
+    stride_d_raw,
+    labels_ptr,  # [C] int64
+    bias_ptr,  # [V] fp32 or None
+    outer_ptr,  # [C] fp32 or None
+    outer,  # fp32, where outer_ptr is None
+    inner,  # fp32 or None: no soft cap
+    vocab_size,
+    logprobs_ptr,  # [C] fp32, as the following
+    maximum_ptr,
+    log_sum_ptr,
+    mean_shift_ptr,
+    d_logprobs_ptr,
+    d_entropy_ptr,  # or None
+    d_lse_ptr,  # or None
+    BLOCK_V: tl.constexpr,
+):
+    """The gradient of one row of raw products from its statistics and g, q, l."""
+    row = tl.program_id(0).to(tl.int64)
+    raw_ptr += row * stride_raw
+    d_raw_ptr += row * stride_d_raw
+    if outer_ptr is not None:
+        outer = tl.load(outer_ptr + row)
+    slope = outer
+    if inner is not None:
+        slope = outer * inner
+    logprob = tl.load(logprobs_ptr + row)
+    maximum = tl.load(maximum_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    mean_shift = tl.load(mean_shift_ptr + row)
+    q = None
+    if d_entropy_ptr is not None:
+        q = tl.load(d_entropy_ptr + row)
+    d_lse = None
+    if d_lse_ptr is not None:
+        d_lse = tl.load(d_lse_ptr + row)
+    g = tl.load(d_logprobs_ptr + row)
+    a, label_grad = _row_factors(g, q, d_lse, logprob, log_sum - mean_shift, mean_shift)
+    label_grad *= slope
+    if inner is not None:
+        tanh = (logprob + log_sum + maximum) / outer
+        label_grad *= 1.0 - tanh * tanh
+    label = tl.load(labels_ptr + row)
+    offs_v = tl.arange(0, BLOCK_V)
+    num_full = vocab_size // BLOCK_V * BLOCK_V
+    for start in range(0, num_full, BLOCK_V):
+        raw = tl.load(raw_ptr + start + offs_v)
+        bias = None
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + start + offs_v)
+        z = _logits(raw, bias, inner, outer)
+        dz = _gradient(z, maximum, log_sum, a, q, slope, inner, outer)
+        dz = tl.where(start + offs_v == label, label_grad, dz)
+        tl.store(d_raw_ptr + start + offs_v, dz.to(d_raw_ptr.dtype.element_ty))
+    if num_full < vocab_size:
+        mask_v = num_full + offs_v < vocab_size
+        raw = tl.load(raw_ptr + num_full + offs_v, mask=mask_v, other=0.0)
+        bias = None
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + num_full + offs_v, mask=mask_v, other=0.0)
+        z = _logits(raw, bias, inner, outer)
+        dz = _gradient(z, maximum, log_sum, a, q, slope, inner, outer)
+        dz = tl.where(num_full + offs_v == label, label_grad, dz)
+        tl.store(d_raw_ptr + num_full + offs_v, dz.to(d_raw_ptr.dtype.element_ty), mask=mask_v)
+
+
+def _block(vocab_size: int) -> dict[str, int]:
+    """The tile of a row: no wider than a small vocabulary needs."""
+    return {"BLOCK_V": min(BLOCK_V, max(16, triton.next_power_of_2(vocab_size)))}
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    """Per-row values side by side: an expanded gradient has stride 0."""
+    return None if vector is None else vector.contiguous()
+
+
+def _view_arguments(view: LogitView) -> dict[str, Any]:
+    is_column = isinstance(view.outer, Tensor)
+    return {
+        "bias_ptr": view.bias,
+        "outer_ptr": _dense(view.outer) if is_column else None,
+        "outer": 1.0 if is_column else float(view.outer),
+        "inner": view.inner,
+    }
+
+
+def row_stats(
+    raw: Tensor,  # [C, V] fp32, any pitch
+    labels: Tensor,  # [C] int64
+    view: LogitView,
+    table: RowTable,
+    rows: slice,
+    spec: ObjectiveSpec | None = None,
+    inputs: TokenInputs | None = None,  # of [C], with spec
+) -> None:
+    """Write the statistics of ``raw`` to ``rows`` of the table; with ``spec`` the loss as well."""
+    names = (
+        "token_weights", "advantages", "entropy_weights", "z_loss_weights", "old_logprobs",
+        "rollout_logprobs", "ref_logprobs",
+    )  # fmt: skip
+    bounds = ("clip_low", "clip_high", "kl_coef", "rho_cap", "rho_floor")
+    arguments = {
+        "raw_ptr": raw,
+        "stride_raw": raw.stride(0),
+        "labels_ptr": labels.contiguous(),
+        **_view_arguments(view),
+        "vocab_size": raw.shape[1],
+        "table_ptr": table.values[:, rows],
+        "stride_table": table.values.stride(0),
+        **{
+            f"{name}_ptr": None if inputs is None else _dense(getattr(inputs, name))
+            for name in names
+        },
+        **{name: 0.0 if spec is None else float(getattr(spec, name)) for name in bounds},
+        "POLICY": None if spec is None else spec.policy,
+        "KL_ESTIMATOR": "k3" if spec is None else spec.kl_estimator,
+        "RHO_MODE": None if spec is None else spec.rho_mode,
+        "USES_KL": spec is not None and spec.kl_coef != 0,
+        **_block(raw.shape[1]),
+    }
+    launch(row_stats_fwd_kernel, (raw.shape[0],), arguments, num_warps=NUM_WARPS)
+
+
+def row_grad(
+    raw: Tensor,  # [C, V] fp32, any pitch
+    d_raw: Tensor,  # [C, V] bf16, fp16 or fp32, another buffer
+    labels: Tensor,  # [C] int64
+    view: LogitView,
+    stats: RowStats,  # of [C]
+    coefficients: Coefficients,  # of [C]
+) -> None:
+    """Write d loss / d raw to ``d_raw``."""
+    vectors = {
+        "logprobs_ptr": stats.logprobs,
+        "maximum_ptr": stats.maximum,
+        "log_sum_ptr": stats.log_sum,
+        "mean_shift_ptr": stats.mean_shift,
+        "d_logprobs_ptr": coefficients.d_logprobs,
+        "d_entropy_ptr": coefficients.d_entropy,
+        "d_lse_ptr": coefficients.d_lse,
+    }
+    arguments = {
+        "raw_ptr": raw,
+        "stride_raw": raw.stride(0),
+        "d_raw_ptr": d_raw,
+        "stride_d_raw": d_raw.stride(0),
+        "labels_ptr": labels.contiguous(),
+        **_view_arguments(view),
+        "vocab_size": raw.shape[1],
+        **{name: _dense(vector) for name, vector in vectors.items()},
+        **_block(raw.shape[1]),
+    }
+    launch(row_grad_fwd_kernel, (raw.shape[0],), arguments, num_warps=NUM_WARPS)
+
+
+class TritonRows:
+    """`row_table.RowWork` by the two kernels."""
+
+    loss_columns = COLUMNS
+
+    def put_stats(
+        self,
+        raw: Tensor,  # [C, V]
+        labels: Tensor,  # [C]
+        view: LogitView,
+        table: RowTable,
+        rows: slice,
+    ) -> None:
+        """Statistics, into the table."""
+        row_stats(raw, labels, view, table, rows)
+
+    def put_loss(
+        self,
+        raw: Tensor,  # [C, V]
+        labels: Tensor,  # [C]
+        view: LogitView,
+        table: RowTable,
+        rows: slice,
+        objective: Objective,
+    ) -> tuple[RowStats, Coefficients]:
+        """Statistics and loss, into the table; what the gradient of the rows needs."""
+        inputs = objective.inputs.take(rows)
+        row_stats(raw, labels, view, table, rows, objective.spec, inputs)
+        d_lse = None if inputs.z_loss_weights is None else table.column("d_lse", rows)
+        g = table.column("d_logprobs", rows)
+        return table.stats(rows), Coefficients(g, inputs.entropy_weights, d_lse)
+
+    def grad_(
+        self,
+        raw: Tensor,  # [C, V]
+        d_raw: Tensor,  # [C, V] written
+        labels: Tensor,  # [C]
+        view: LogitView,
+        stats: RowStats,
+        coefficients: Coefficients,
+    ) -> None:
+        """Write d loss / d raw."""
+        row_grad(raw, d_raw, labels, view, stats, coefficients)
