@@ -1,15 +1,16 @@
-"""The candidates: ours, the floor of three bare products, plain torch and the chunked peers.
+"""What is measured: ours, the bare products that are its floor, and plain torch.
 
 Every candidate computes the same: the on-policy clipped objective, .01 of k3 to the reference and,
-where it can, the entropy term with its gradient; then both gradients. A peer that cannot run gives
-the reason instead of a number. Further shapes and devices add rows to `CANDIDATES`.
+where it can, the entropy term with its gradient; then both gradients (with a frozen head, that of
+the hidden states; when scoring, none). One that cannot run gives the reason instead of a number.
+`candidates` has the lists, `peers` the other projects.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ import crpo_kernels.call as kernel_call
 from .cases import Inputs
 
 KL_COEF = 0.01
+FLOORS = {1: "products_1", 2: "products_2", 3: "products"}  # keys of the bare products
+NAIVE = {1: "naive_scored", 2: "naive_frozen", 3: "naive"}  # keys of plain torch
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class Candidate:
         title: name in the table.
         step: forward and backward once.
         has_entropy_gradient: whether the entropy term is part of what it computes.
-        rounds: timed repetitions; slow ones get fewer.
+        rounds: timed repetitions on a CPU; slow ones get fewer.
+        num_products: bare products over the head that it cannot do without: its floor.
+        has_errors: its errors are measured; not where that would generate code of its own.
         needs: distribution that must be installed, or None.
         note: what a reader must know.
     """
@@ -54,8 +59,24 @@ class Candidate:
     step: Callable[[Inputs], Result]
     has_entropy_gradient: bool = True
     rounds: int = 3
+    num_products: int = 3
+    has_errors: bool = True
     needs: str | None = None
     note: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is crpo_kernels."""
+        return self.title.startswith("crpo_kernels")
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether it is bare products itself."""
+        return isinstance(self.step, BareProducts)
+
+    def inputs_of(self, inputs: Inputs) -> Inputs:
+        """The inputs as it takes them: fewer than three products leave the head frozen."""
+        return inputs if self.num_products == 3 else inputs.with_frozen_head()
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -68,35 +89,70 @@ class Candidate:
         return importlib.metadata.version(self.needs) if self.needs else ""
 
 
-def gradients(loss: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Both gradients, without accumulation into leaves."""
-    d_hidden, d_weight = torch.autograd.grad(loss, (inputs.hidden, inputs.weight))
-    return d_hidden, d_weight
+def gradients(loss: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """The gradients of what needs one, without accumulation into leaves."""
+    inputs.on_backward()
+    wanted = [t for t in (inputs.hidden, inputs.weight) if t.requires_grad]
+    d_hidden, *d_weight = torch.autograd.grad(loss, wanted)
+    return d_hidden, d_weight[0] if d_weight else None
 
 
 class BareProducts:
-    """The three products any method needs, into buffers that exist already."""
+    """The first products that any method needs, into buffers that exist already.
 
-    def __init__(self) -> None:
-        self.buffers: tuple[Tensor, Tensor, Tensor] | None = None
+    Args:
+        num_products: 1 logits, 2 and d_hidden, 3 and d_weight.
+        has_fp32_out: results in fp32 from operands as they are (CUDA only).
+    """
+
+    def __init__(self, num_products: int = 3, *, has_fp32_out: bool = False) -> None:
+        self.num_products, self.has_fp32_out = num_products, has_fp32_out
+        self.buffers: dict[str, Tensor] = {}
 
     def __call__(self, inputs: Inputs) -> Result:
         """logits, d_hidden, d_weight."""
         hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-        if self.buffers is None or self.buffers[0].shape[0] != hidden.shape[0]:
-            logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
-            self.buffers = logits, torch.empty_like(hidden), torch.empty_like(weight)
-        logits, d_hidden, d_weight = self.buffers
-        torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(logits, weight, out=d_hidden)
-        torch.mm(logits.t(), hidden, out=d_weight)
+        kind = torch.float32 if self.has_fp32_out else hidden.dtype
+        logits = self.buffer("logits", hidden, (hidden.shape[0], weight.shape[0]), kind)
+        self._mm(hidden, weight.t(), logits)
+        if self.num_products == 1:
+            return Result()
+        d_raw = logits if kind == hidden.dtype else self.rounded(logits, hidden.dtype)
+        self._mm(d_raw, weight, self.buffer("d_hidden", hidden, hidden.shape, kind))
+        if self.num_products == 3:
+            self._mm(d_raw.t(), hidden, self.buffer("d_weight", hidden, weight.shape, kind))
         return Result()
 
+    def buffer(self, name: str, like: Tensor, shape: Sequence[int], kind: torch.dtype) -> Tensor:
+        """A buffer of this shape, made at its first use."""
+        if name not in self.buffers or self.buffers[name].shape != tuple(shape):
+            self.buffers[name] = like.new_empty(shape, dtype=kind)
+        return self.buffers[name]
 
-def fused(mode: str) -> Callable[[Inputs], Result]:
-    """Our loss in one of its modes."""
+    def rounded(self, logits: Tensor, kind: torch.dtype) -> Tensor:
+        """An operand with values like those of ``logits``, made once: it is not part of the floor.
+
+        Values matter: products of zeros draw less power and run faster.
+        """
+        if "d_raw" not in self.buffers or self.buffers["d_raw"].shape != logits.shape:
+            self.buffers["d_raw"] = logits.to(kind)
+        return self.buffers["d_raw"]
+
+    @staticmethod
+    def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+        if out.dtype == a.dtype:
+            torch.mm(a, b, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def fused(
+    mode: str, backend: str = "auto", bytes_per_logit: int | None = None
+) -> Callable[[Inputs], Result]:
+    """Our loss in one of its modes; ``bytes_per_logit`` T V is its workspace, else the default."""
 
     def step(inputs: Inputs) -> Result:
+        logits = inputs.labels.numel() * inputs.weight.shape[0]
         loss, stats = ck.linear_policy_loss(
             inputs.hidden,
             inputs.weight,
@@ -107,9 +163,28 @@ def fused(mode: str) -> Callable[[Inputs], Result]:
             ref_logprobs=inputs.ref_logprobs,
             spec=ck.ObjectiveSpec(kl_coef=KL_COEF),
             temperature=inputs.case.temperature,
+            backend=backend,
             mode=mode,
+            workspace_bytes=None if bytes_per_logit is None else bytes_per_logit * logits,
         )
         return Result(loss, *gradients(loss, inputs), stats.logprobs, stats.entropy)
+
+    return step
+
+
+def scored(backend: str = "auto") -> Callable[[Inputs], Result]:
+    """Our log-probabilities and entropies without gradients."""
+
+    def step(inputs: Inputs) -> Result:
+        with torch.no_grad():
+            out = ck.linear_logprobs(
+                inputs.hidden,
+                inputs.weight,
+                inputs.labels,
+                temperature=inputs.case.temperature,
+                backend=backend,
+            )
+        return Result(logprobs=out.logprobs, entropy=out.entropy)
 
     return step
 
@@ -132,7 +207,7 @@ def without_compiler() -> Iterator[None]:
 def fused_eager(inputs: Inputs) -> Result:
     """Mode one_pass with ordinary torch operations as row passes."""
     with without_compiler():
-        return fused("one_pass")(inputs)
+        return fused("one_pass", "torch")(inputs)
 
 
 def objective(inputs: Inputs, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
@@ -146,81 +221,22 @@ def objective(inputs: Inputs, logprobs: Tensor, entropy: Tensor | None) -> Tenso
     return loss if entropy is None else loss + (inputs.entropy_weights * entropy).sum()
 
 
-def naive(inputs: Inputs) -> Result:
-    """All logits in fp32, autograd: what a trainer without a kernel does."""
+def naive_logprobs(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies ``[T]`` from all logits in fp32."""
     logits = (inputs.hidden @ inputs.weight.t()).float() / inputs.case.temperature  # [T, V]
     log_p = logits.log_softmax(1)
     logprobs = log_p.gather(1, inputs.labels.unsqueeze(1)).squeeze(1)
-    entropy = -(log_p.exp() * log_p).sum(1)
+    return logprobs, -(log_p.exp() * log_p).sum(1)
+
+
+def naive(inputs: Inputs) -> Result:
+    """All logits in fp32, autograd: what a trainer without a kernel does."""
+    logprobs, entropy = naive_logprobs(inputs)
     loss = objective(inputs, logprobs, entropy)
     return Result(loss, *gradients(loss, inputs), logprobs.detach(), entropy.detach())
 
 
-def trl_chunked(inputs: Inputs) -> Result:
-    """TRL's chunked log-probabilities and its trainer's way of a loss on them."""
-    from trl.kernels import ChunkedLogProbFunction
-
-    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
-        inputs.hidden,
-        inputs.weight,
-        None,
-        inputs.labels,
-        inputs.case.temperature,
-        8192,
-        None,
-        1.0,
-        ("entropy",),
-    )
-    loss = objective(inputs, logprobs, entropy)
-    return Result(loss, *gradients(loss, inputs), logprobs.detach(), entropy.detach())
-
-
-def liger_chunked(inputs: Inputs) -> Result:
-    """Liger's chunked GRPO loss on eight sequences; it has no entropy term."""
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    batch = 8 if inputs.labels.numel() % 8 == 0 else 1
-    loss_function = LigerFusedLinearGRPOLoss(
-        beta=KL_COEF,
-        compiled=False,
-        use_ref_model=True,
-        chunk_size=1,
-        loss_type="dapo",
-        temperature=inputs.case.temperature,
-    )
-    loss, _ = loss_function(
-        inputs.hidden.view(batch, -1, inputs.hidden.shape[1]),
-        inputs.weight,
-        inputs.labels.view(batch, -1),
-        torch.ones(batch, inputs.labels.numel() // batch),
-        inputs.advantages.view(batch, -1)[:, 0],
-        ref_per_token_logps=inputs.ref_logprobs.view(batch, -1),
-    )
-    return Result(loss, *gradients(loss, inputs))
-
-
-CANDIDATES = (
-    Candidate("products", "three bare products", BareProducts(), has_entropy_gradient=False),
-    Candidate("one_pass", "crpo_kernels, one pass", fused("one_pass")),
-    Candidate("two_pass", "crpo_kernels, two passes", fused("two_pass"), rounds=2),
-    Candidate(
-        "one_pass_eager",
-        "crpo_kernels, one pass, no C++ compiler",
-        fused_eager,
-        rounds=2,
-        note="row passes as ordinary torch operations",
-    ),
-    Candidate("naive", "plain torch", naive, rounds=1, note="fp32 logits of all tokens, autograd"),
-    Candidate(
-        "liger",
-        "Liger chunked GRPO",
-        liger_chunked,
-        has_entropy_gradient=False,
-        rounds=1,
-        needs="liger_kernel",
-        note="no entropy term; its own torch.compile off, which is faster here",
-    ),
-    Candidate(
-        "trl", "TRL chunked", trl_chunked, rounds=1, needs="trl", note="chunks of 4096 x 8192"
-    ),
-)
+def naive_scored(inputs: Inputs) -> Result:
+    """The same without gradients."""
+    with torch.no_grad():
+        return Result(None, None, None, *naive_logprobs(inputs))

@@ -8,7 +8,8 @@ tokens compete: entropies of .3 to 3 nats, as in sampled text.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +34,12 @@ class Case:
 
 CASES = {
     "cpu": Case("T2048 V151936 D1024 bf16", 2048, 151936, 1024, torch.bfloat16),
+    "cuda": Case("T8192 V131072 D4096 bf16", 8192, 131072, 4096, torch.bfloat16),
 }
+
+
+def nothing() -> None:
+    """What happens between forward and backward when nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,24 @@ class Inputs:
     token_weights: Tensor  # [T]
     entropy_weights: Tensor  # [T]
     ref_logprobs: Tensor  # [T]
+    on_backward: Callable[[], None] = nothing  # called between forward and backward
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+    def with_frozen_head(self) -> Inputs:
+        """The same with a head that needs no gradient."""
+        return replace(self, weight=self.weight.detach())
+
+    def copy(self) -> Inputs:
+        """The same values in other memory."""
+        copies = {
+            name: value.detach().clone().requires_grad_(value.requires_grad)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **copies)
 
     def first(self, num_rows: int) -> Inputs:
         """The first rows alone, with weights that sum to the same."""
@@ -61,27 +85,32 @@ class Inputs:
             self.token_weights[:num_rows] * scale,
             self.entropy_weights[:num_rows] * scale,
             self.ref_logprobs[:num_rows],
+            self.on_backward,
         )
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Inputs of a case: leaves that need gradients, labels sampled from the rows' candidates."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(case.vocab_size, case.dim, generator=g).div_(case.dim**0.5)
-    candidates = torch.randint(0, case.vocab_size, (case.num_rows, 4), generator=g)  # [T, 4]
-    peak = math.log(case.vocab_size) + 1.7 + 5 * torch.rand(case.num_rows, 1, generator=g)
-    gaps = torch.tensor([0.0, 1.0, 1.5, 2.0]) * (
-        0.5 + 2 * torch.rand(case.num_rows, 1, generator=g)
+def make_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:
+    """Inputs of a case: leaves that need gradients, labels sampled from the rows' candidates.
+
+    Made on ``device`` itself: the values of one seed differ between kinds of devices.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    at = {"generator": g, "device": device}
+    weight = torch.randn(case.vocab_size, case.dim, **at).div_(case.dim**0.5)
+    candidates = torch.randint(0, case.vocab_size, (case.num_rows, 4), **at)  # [T, 4]
+    peak = math.log(case.vocab_size) + 1.7 + 5 * torch.rand(case.num_rows, 1, **at)
+    gaps = torch.tensor([0.0, 1.0, 1.5, 2.0], device=device) * (
+        0.5 + 2 * torch.rand(case.num_rows, 1, **at)
     )
     strength = case.temperature * (peak - gaps)  # [T, 4] logits of the candidates
     hidden = (weight[candidates] * strength.unsqueeze(2)).sum(1)  # [T, D]; |w|^2 is about 1
-    picks = torch.multinomial(
-        torch.tensor([0.5, 0.25, 0.15, 0.1]), case.num_rows, True, generator=g
-    )
+    shares = torch.tensor([0.5, 0.25, 0.15, 0.1], device=device)
+    picks = torch.multinomial(shares, case.num_rows, True, generator=g)
     labels = candidates.gather(1, picks.unsqueeze(1)).squeeze(1)  # [T]
-    groups = torch.randn(8, generator=g)  # one advantage a sequence
+    groups = torch.randn(8, **at)  # one advantage a sequence
     advantages = groups.repeat_interleave(-(-case.num_rows // 8))[: case.num_rows]
-    ones = torch.ones(case.num_rows)
+    ones = torch.ones(case.num_rows, device=device)
+    signs = torch.sign(torch.randn(case.num_rows, **at))
     return Inputs(
         case,
         hidden.to(case.dtype).requires_grad_(),
@@ -89,6 +118,6 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         labels,
         advantages,
         ones / case.num_rows,
-        0.02 * torch.sign(torch.randn(case.num_rows, generator=g)) / case.num_rows,
-        -1.5 - torch.rand(case.num_rows, generator=g),
+        0.02 * signs / case.num_rows,
+        -1.5 - torch.rand(case.num_rows, **at),
     )

@@ -1,24 +1,30 @@
 """The fused loss beside its floor and its peers: `python -m benchmarks loss --device cpu`.
 
-Writes `<out>/loss_<device>.json`, `.md` and `.svg`; about four minutes on two cores.
+Writes `<out>/loss_<device>.json`, `.md` and `.svg`; about four minutes on two cores. The floor is
+the bare products that a candidate cannot do without, measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from . import plot
-from .baselines import CANDIDATES, Candidate
-from .cases import CASES, Case, make_inputs
-from .output import RESULTS, say, write_json
-from .timing import errors, exact_result, extra_bytes, machine, measure_seconds, summary
+from .baselines import Candidate
+from .candidates import all_gradients, cpu_candidates, frozen_head, scoring
+from .cases import CASES, Case
+from .clock import Clock
+from .gpu_targets import gpu_targets
+from .measure import measure
+from .output import RESULTS, write_json
+from .timing import gpu_name, machine
 
-ERROR_ROWS, ERROR_COLUMNS = 32, 4096
+GPU_ROUNDS = 15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Measure, print the table, write the files; with ``--gate`` 1 when a target is missed."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        message = "--device: expected cpu, got cuda, but torch sees no CUDA device here."
+        print(f"{message} Type --device cpu, or run it on a machine with a GPU.")
+        return 2
     warnings.filterwarnings("ignore", category=FutureWarning)
     report = run_loss(options, command)
     stem = options.out / f"loss_{options.device}"
@@ -59,60 +69,25 @@ def chosen_case(options: argparse.Namespace) -> Case:
 def run_loss(options: argparse.Namespace, command: str) -> dict:
     """Measure everything; the report of one run."""
     torch.set_num_threads(options.threads)
-    case = chosen_case(options)
-    say(f"{case.name}: inputs")
-    inputs = make_inputs(case)
-    wanted = None if options.only is None else {"products", "naive", *options.only}
-    candidates = [c for c in CANDIDATES if wanted is None or c.key in wanted]
-    present = [candidate for candidate in candidates if candidate.missing() is None]
-    few = inputs.first(min(ERROR_ROWS, case.num_rows))
-    columns = torch.randperm(case.vocab_size)[:ERROR_COLUMNS]
-    truths = {flag: exact_result(few, columns, flag) for flag in (True, False)}
-    found, memory = {}, {}
-    for candidate in present:
-        say(f"errors and memory: {candidate.title}")
-        truth = truths[candidate.has_entropy_gradient]
-        found[candidate.key] = errors(candidate, few, truth, columns)
-        has_floor = candidate.key == "products"  # writes into buffers that exist already
-        memory[candidate.key] = 0 if has_floor else extra_bytes(candidate, inputs)
-    for candidate in (c for c in present if c.key == "one_pass"):
-        say("warm-up: generated code must exist before the clock runs")
-        candidate.step(inputs)
-    seconds = measure_seconds(present, inputs, say)
-    rows = [report_row(c, seconds, memory, found) for c in candidates]
-    products = min(seconds["products"]) / 3
-    entropy = truths[True].entropy
-    assert entropy is not None, "the truth has everything"
-    return {
-        "command": command,
-        "case": case.name,
-        "machine": machine(),
-        "product_tflops": case.product_flops / products / 1e12,
-        "entropy_quantiles": [float(q) for q in entropy.quantile(entropy.new_tensor([0.1, 0.9]))],
-        "error_rows": few.labels.numel(),
-        "rows": rows,
-        "targets": targets({row["key"]: row for row in rows}),
-    }
+    case, device = chosen_case(options), torch.device(options.device)
+    if device.type == "cuda":
+        lists = (all_gradients, frozen_head, scoring)
+        candidates = [c for make in lists for c in make("auto", has_fp32_out=True)]
+    else:
+        candidates = cpu_candidates()
+    if options.only is not None:
+        wanted = {"naive", *options.only}
+        candidates = [c for c in candidates if c.is_floor or c.key in wanted]
+    measured = measure(case, candidates, Clock(device), rounds_on(device))
+    rows = {row["key"]: row for row in measured["rows"]}
+    where = machine(device)
+    checks = targets(rows) if device.type == "cpu" else gpu_targets(case, rows, gpu_name(where))
+    return {"command": command, **measured, "machine": where, "targets": checks}
 
 
-def report_row(candidate: Candidate, seconds: dict, memory: dict, found: dict) -> dict:
-    """One row of the table, or the reason why there is none."""
-    row = {"key": candidate.key, "title": candidate.title, "note": candidate.note}
-    reason = candidate.missing()
-    if reason is not None:
-        return {**row, "missing": reason}
-    median = summary(seconds[candidate.key])
-    return {
-        **row,
-        "version": candidate.version(),
-        "has_entropy_gradient": candidate.has_entropy_gradient,
-        "seconds": median,
-        "all_seconds": seconds[candidate.key],
-        "over_products": median["median"] / summary(seconds["products"])["median"],
-        "over_naive": median["median"] / summary(seconds["naive"])["median"],
-        "extra_bytes": memory[candidate.key],
-        "errors": found[candidate.key],
-    }
+def rounds_on(device: torch.device) -> Callable[[Candidate], int]:
+    """How often a candidate is timed: on a GPU, where a step takes milliseconds, all the same."""
+    return lambda candidate: GPU_ROUNDS if device.type == "cuda" else candidate.rounds
 
 
 def targets(rows: dict[str, dict]) -> list[dict]:

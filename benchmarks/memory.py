@@ -1,7 +1,8 @@
-"""Live tensor bytes: what a computation makes and still holds, at its peak."""
+"""Bytes of tensors: what a computation makes and still holds, at its peak."""
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import torch
@@ -41,3 +42,41 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.live -= size
+
+    def restart(self) -> int:
+        """The peak so far; from here on a new one counts."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+class CudaBytes:
+    """The same from the allocator of a CUDA device: allocated bytes beyond those at the start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> CudaBytes:
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.before = torch.cuda.memory_allocated(self.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+    def restart(self) -> int:
+        """The peak so far; from here on a new one counts."""
+        peak = self.peak
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+
+def counting(device: torch.device, existing: list[Tensor]) -> LiveBytes | CudaBytes:
+    """What counts on ``device``; ``existing`` tensors do not count."""
+    return CudaBytes(device) if device.type == "cuda" else LiveBytes(*existing)

@@ -14,75 +14,126 @@ STYLE = (
 
 
 def table(report: dict) -> str:
-    """The rows of a report as Markdown."""
-    head = (
-        "| | s | / products | / plain torch | extra GB | d_weight error | d_hidden error "
-        "| logprob error (nats) | note |"
-    )
-    lines = [head, "|" + " --- |" * 9]
+    """The rows of a report as Markdown; seconds and GB of a CPU, milliseconds and MiB of a GPU."""
+    is_gpu = "gpu" in report["machine"]
+    columns = [
+        *("", "ms" if is_gpu else "s", "/ products", "% of floor"),
+        *(["/ products, fp32 out"] if is_gpu else []),
+        *("/ plain torch", "peak MiB" if is_gpu else "extra GB"),
+        *(["workspace MiB"] if is_gpu else []),
+        *("d_weight error", "d_hidden error", "logprob error (nats)", "note"),
+    ]
+    lines = [f"| {' | '.join(columns).strip()} |", "|" + " --- |" * len(columns)]
     for row in report["rows"]:
         if "missing" in row:
-            lines.append(f"| {row['title']} | - | - | - | - | - | - | - | {row['missing']} |")
-            continue
-        found = row["errors"]
-        cells = [
-            row["title"] + (f" {row['version']}" if row.get("version") else ""),
-            f"{row['seconds']['median']:.2f}",
-            f"{row['over_products']:.2f}",
-            f"{row['over_naive']:.2f}",
-            "-" if row["key"] == "products" else f"{row['extra_bytes'] / 1e9:.2f}",
-            _error(found.get("d_weight_rel_rms")),
-            _error(found.get("d_hidden_rel_rms")),
-            _error(found.get("logprobs_rms")),
-            row["note"],
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+            empty = " - |" * (len(columns) - 2)
+            lines.append(f"| {row['title']} |{empty} {row['missing']} |")
+        else:
+            lines.append("| " + " | ".join(cells(row, is_gpu=is_gpu)) + " |")
     return "\n".join(lines)
+
+
+def cells(row: dict, *, is_gpu: bool) -> list[str]:
+    """One row. The floor is the bare products that the candidate cannot do without."""
+    found, seconds, ratio = row["errors"], row["seconds"]["median"], row.get("over_products")
+    scale, digits = (2**20, 0) if is_gpu else (1e9, 2)
+    is_floor = row["key"].startswith("products")
+    sizes = [row["extra_bytes"], *([row["workspace_bytes"]] if is_gpu else [])]
+    return [
+        row["title"] + (f" {row['version']}" if row.get("version") else ""),
+        f"{1e3 * seconds:.2f}" if is_gpu else f"{seconds:.2f}",
+        _ratio(ratio),
+        "-" if ratio is None else f"{100 / ratio:.0f}",
+        *([_ratio(row.get("over_products_fp32"))] if is_gpu else []),
+        _ratio(row.get("over_naive")),
+        *("-" if is_floor else f"{size / scale:.{digits}f}" for size in sizes),
+        _error(found.get("d_weight_rel_rms")),
+        _error(found.get("d_hidden_rel_rms")),
+        _error(found.get("logprobs_rms")),
+        row["note"],
+    ]
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
 
+def place(machine: dict) -> str:
+    """Device and versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    software = f"Python {machine['python']}, {versions}."
+    if "gpu" not in machine:
+        return (
+            f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB; "
+            f"{software}"
+        )
+    gpu = machine["gpu"]
+    return (
+        f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {gpu['cuda']}, "
+        f"clocks and power {gpu['clocks_and_power']}; {software}"
+    )
+
+
+def method(report: dict) -> str:
+    """How the numbers came about."""
+    rows = report["error_rows"]
+    if "gpu" in report["machine"]:
+        return (
+            "ms: median of interleaved rounds by CUDA events, after warm-up, inputs larger than "
+            "the cache or in turn. Floor: the bare products (bf16 out) that a candidate cannot do "
+            "without, measured in the same rounds. Peak: allocated bytes beyond the inputs; "
+            "workspace: without the gradients that are returned. Errors: rms against fp64 on "
+            f"{rows} rows, gradients relative."
+        )
+    return (
+        "Seconds: median of interleaved rounds, forward and backward. % of floor: the three bare "
+        "products of the same run over a row's seconds. Extra GB: peak of live "
+        "tensor bytes beyond the inputs, both gradients included, in a run of its own. Errors: rms "
+        f"against fp64 on {rows} rows, gradients relative; on a CPU every bf16 "
+        "product is rounded to bf16, which is most of each error. Products may be 5 "
+        "times faster on another CPU: compare ratios of one run."
+    )
+
+
 def page(report: dict) -> str:
     """The whole Markdown page of a run."""
     machine = report["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    targets = [
-        f"| {target['text']} | {target['limit']} | {target['value']:.2f} | "
-        f"{'yes' if target['met'] else '**no**'} |"
-        for target in report["targets"]
-    ]
+    where = "a GPU" if "gpu" in machine else "a CPU"
     low, high = report["entropy_quantiles"]
-    where = (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB; "
-        f"Python {machine['python']}, {versions}."
-    )
     inputs = (
         f"One product: {report['product_tflops']:.2f} TFLOP/s. "
         f"Inputs: entropy {low:.1f} .. {high:.1f} nats (10 % .. 90 % of rows)."
     )
-    method = (
-        "Seconds: median of interleaved rounds, forward and backward. Extra GB: peak of live "
-        "tensor bytes beyond the inputs, both gradients included, in a run of its own. Errors: rms "
-        f"against fp64 on {report['error_rows']} rows, gradients relative; on a CPU every bf16 "
-        "product is rounded to bf16, which is most of each error. Products may be 5 "
-        "times faster on another CPU: compare ratios of one run."
-    )
     lines = [
-        f"# Fused loss on a CPU: {report['case']}",
-        f"`{report['command']}`, {machine['date']}, commit {machine['commit']}. {where}",
+        f"# Fused loss on {where}: {report['case']}",
+        f"`{report['command']}`, {machine['date']}, commit {machine['commit']}. {place(machine)}",
         inputs,
         table(report),
-        "\n".join(["| target | limit | measured | met |", "| --- | --- | --- | --- |", *targets]),
-        method,
+        target_table(report["targets"]),
+        method(report),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def target_table(targets: list[dict]) -> str:
+    """Limits and what was measured."""
+    lines = [
+        f"| {target['text']} | {target['limit']} | {target['value']:.2f} | "
+        f"{'yes' if target['met'] else '**no**'} |"
+        for target in targets
+    ]
+    return "\n".join(["| target | limit | measured | met |", "| --- | --- | --- | --- |", *lines])
 
 
 def bars(report: dict) -> str:
     """Seconds of every candidate, with three products as the floor."""
     rows = [row for row in report["rows"] if "missing" not in row]
+    is_gpu = "gpu" in report["machine"]
+    device = report["machine"]["gpu"]["name"] if is_gpu else report["machine"]["cpu"]
     longest = max(row["seconds"]["median"] for row in rows)
     height = 58 + len(rows) * (BAR + GAP)
     parts = [
@@ -91,16 +142,16 @@ def bars(report: dict) -> str:
         f"<style>{STYLE}</style>",
         f'<rect class="page" width="{WIDTH}" height="{height}"/>',
         f'<text class="title" x="16" y="24">{escape(report["case"])}: seconds (extra GB)</text>',
-        f'<text x="16" y="42">{escape(report["machine"]["cpu"])}</text>',
+        f'<text x="16" y="42">{escape(device)}</text>',
     ]
     for index, row in enumerate(rows):
         y = 54 + index * (BAR + GAP)
         seconds = row["seconds"]["median"]
         length = seconds / longest * (WIDTH - LABEL - 150)
-        ours = OURS if row["key"].startswith(("one_pass", "two_pass")) else OTHERS
-        colour = FLOOR if row["key"] == "products" else ours
-        text = f"{seconds:.2f} s"
-        if row["key"] != "products":
+        ours = OURS if row["title"].startswith("crpo_kernels") else OTHERS
+        colour = FLOOR if row["key"].startswith("products") else ours
+        text = f"{1e3 * seconds:.2f} ms" if is_gpu else f"{seconds:.2f} s"
+        if colour != FLOOR:
             text += f" ({row['extra_bytes'] / 1e9:.2f} GB)"
         parts += [
             f'<text x="{LABEL - 8}" y="{y + 15}" text-anchor="end">{escape(row["title"])}</text>',

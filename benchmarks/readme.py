@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import dual, quickstart
+from . import dual, plot, quickstart
 from .output import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,11 +105,8 @@ def _run(name: str) -> str:
 
 def loss_block() -> str:
     """The page of `python -m benchmarks loss --device cpu`."""
-    page = RESULTS / "loss_cpu.md"
-    if not page.exists():
-        return NOT_MEASURED
-    body = re.sub(r"\A#.*\n+", "", page.read_text(encoding="utf-8"))
-    return body.replace("](loss_", "](benchmarks/results/loss_").strip()
+    report = load("loss_cpu")
+    return NOT_MEASURED if report is None else re.sub(r"\A#.*\n+", "", plot.page(report)).strip()
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -130,7 +127,10 @@ def fill(text: str) -> str:
 
 
 def write() -> None:
-    """Rewrite README.md."""
+    """Rewrite README.md, and the page of each result file of the loss."""
+    for file in RESULTS.glob("loss_*.json"):
+        page = plot.page(json.loads(file.read_text(encoding="utf-8")))
+        file.with_suffix(".md").write_text(page, encoding="utf-8")
     page = ROOT / "README.md"
     page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
 

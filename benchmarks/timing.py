@@ -1,51 +1,44 @@
-"""How things are measured: interleaved rounds, live tensor bytes, errors, the machine."""
+"""What is measured beside seconds (clock.py): bytes, errors against fp64, the machine."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shutil
 import statistics
 import subprocess
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .baselines import Candidate, Result, objective
 from .cases import Inputs
-from .memory import LiveBytes
+from .memory import counting
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def extra_bytes(candidate: Candidate, inputs: Inputs) -> int:
-    """Peak live bytes beyond the inputs of one forward and backward, the two gradients included.
+def memory_of(candidate: Candidate, inputs: Inputs) -> dict[str, int]:
+    """Peak bytes beyond the inputs of one forward and backward.
 
-    No code is generated under this counter: our row passes run eagerly here, with two scratch
-    buffers of a few rows more.
+    ``extra_bytes`` counts everything, both gradients included; ``workspace_bytes`` is without the
+    gradients that backward returns. On a CPU no code is generated under the counter: our row passes
+    run eagerly here, with two scratch buffers of a few rows more.
     """
-    tensors = (getattr(inputs, name) for name in inputs.__dataclass_fields__ if name != "case")
-    with LiveBytes(*tensors) as counter:
-        candidate.step(inputs)
-    return counter.peak
-
-
-def measure_seconds(
-    candidates: list[Candidate], inputs: Inputs, say: Callable[[str], None]
-) -> dict[str, list[float]]:
-    """Seconds of every timed step, in interleaved rounds so that drifts meet all candidates."""
-    times: dict[str, list[float]] = {candidate.key: [] for candidate in candidates}
-    for turn in range(max(candidate.rounds for candidate in candidates)):
-        for candidate in candidates:
-            if turn < candidate.rounds:
-                begin = time.perf_counter()
-                candidate.step(inputs)
-                times[candidate.key].append(time.perf_counter() - begin)
-                say(f"round {turn + 1}: {candidate.title}: {times[candidate.key][-1]:.2f} s")
-    return times
+    forward: list[int] = []
+    with counting(inputs.hidden.device, inputs.tensors()) as counter:
+        watched = replace(inputs, on_backward=lambda: forward.append(counter.restart()))
+        result = candidate.step(watched)
+        last = counter.peak
+    returned = sum(
+        g.numel() * g.element_size() for g in (result.d_hidden, result.d_weight) if g is not None
+    )
+    workspace = max([*forward, last - returned])
+    return {"extra_bytes": max([*forward, last]), "workspace_bytes": workspace}
 
 
 def exact_result(inputs: Inputs, columns: Tensor, with_entropy: bool) -> Result:
@@ -65,26 +58,25 @@ def exact_result(inputs: Inputs, columns: Tensor, with_entropy: bool) -> Result:
 
 def errors(candidate: Candidate, inputs: Inputs, truth: Result, columns: Tensor) -> dict:
     """Relative rms errors against fp64 on the rows of ``inputs``; absolute ones for nats."""
-    result = candidate.step(inputs)
-    if result.d_hidden is None or result.d_weight is None:
-        return {}
-    assert truth.d_hidden is not None, "the truth has everything"
-    assert truth.d_weight is not None, "the truth has everything"
-    found = {
-        "d_hidden_rel_rms": _rms(result.d_hidden, truth.d_hidden, relative=True),
-        "d_weight_rel_rms": _rms(result.d_weight[columns], truth.d_weight, relative=True),
+    got = candidate.step(inputs)
+    d_weight = None if got.d_weight is None else got.d_weight[columns]
+    values = {
+        "d_hidden_rel_rms": (got.d_hidden, truth.d_hidden),
+        "d_weight_rel_rms": (d_weight, truth.d_weight),
+        "logprobs_rms": (got.logprobs, truth.logprobs),
+        "entropy_rms": (got.entropy, truth.entropy),
     }
-    if result.logprobs is not None and truth.logprobs is not None:
-        found["logprobs_rms"] = _rms(result.logprobs, truth.logprobs, relative=False)
-    if result.entropy is not None and truth.entropy is not None:
-        found["entropy_rms"] = _rms(result.entropy, truth.entropy, relative=False)
-    return found
+    return {
+        name: rms(value, true, relative="rel" in name)
+        for name, (value, true) in values.items()
+        if value is not None and true is not None
+    }
 
 
-def _rms(value: Tensor, truth: Tensor, *, relative: bool) -> float:
+def rms(value: Tensor, truth: Tensor, *, relative: bool) -> float:
+    """Root mean square of the difference, or that over the root mean square of ``truth``."""
     difference = (value.double() - truth).square().mean()
-    scale = truth.square().mean() if relative else torch.ones(())
-    return float((difference / scale).sqrt())
+    return float((difference / truth.square().mean() if relative else difference).sqrt())
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -95,9 +87,9 @@ def summary(seconds: list[float]) -> dict[str, float]:
 RUN_FROM = ("kernels", "crpo_fast", "configs", "benchmarks/*.py")  # what decides a result
 
 
-def machine() -> dict[str, object]:
-    """Where and with what a run was made."""
-    packages = ("torch", "trl", "liger-kernel", "transformers")
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Where and with what a run was made; with a CUDA ``device`` what that is."""
+    packages = ("torch", "triton", "trl", "liger-kernel", "transformers")
     installed = {
         d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()
     }
@@ -111,7 +103,40 @@ def machine() -> dict[str, object]:
         "system": platform.platform(),
         "versions": versions,
         "commit": commit(),
+        **({} if device is None or device.type != "cuda" else {"gpu": gpu(device)}),
     }
+
+
+def gpu(device: torch.device) -> dict[str, object]:
+    """Name, memory, driver and versions of a CUDA (ROCm) device, and its clocks as found."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "driver": nvidia_smi(device, "driver_version"),
+        "clocks_and_power": nvidia_smi(
+            device, "clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+        ),
+    }
+
+
+def gpu_name(where: dict[str, Any]) -> str:
+    """The name of the GPU in what `machine` returned, "" without one."""
+    return where.get("gpu", {}).get("name", "")
+
+
+def nvidia_smi(device: torch.device, query: str) -> str:
+    """What nvidia-smi answers about ``device``, or why it does not."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown: no nvidia-smi"
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.strip() or f"unknown: {done.stderr.strip()[:200]}"
 
 
 def cpu_name() -> str:
