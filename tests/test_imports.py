@@ -44,6 +44,9 @@ LAYERS = (  # of crpo_kernels; a module imports from later rows only
     {"dispatch"},
     {"chunked"},
     {"rows_torch", "rows_triton", "linear_triton"},
+    {"row_table"},
+    {"rows"},
+    {"terms"},
     {"objective", "spec"},
 )
 

@@ -80,7 +80,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         weight: Tensor,  # [V, D]
         bias: Tensor | None,  # [V]
         head: Head,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [n] each
+    ) -> tuple[Tensor, ...]:  # [n] each
         """(logprobs, entropy, lse, is_top1) of the counted rows."""
         table, raw = score(hidden, weight, head)
         stats = table.stats()

@@ -16,11 +16,11 @@ from .rows import LogitView, RowStats
 from .spec import ObjectiveSpec, TokenInputs
 from .terms import Coefficients, LossRows
 
-SUMS = ("maximum", "log_sum", "mean_shift")  # what the gradient of a row needs
-OUTPUTS = ("logprobs", "entropy", "lse", "is_top1")
-TERMS = ("token_loss", "ratio", "kl", "rho", "is_clipped", "loss")
-SLOPES = ("d_logprobs", "d_lse")
-COLUMNS = (*SUMS, *OUTPUTS, *TERMS, *SLOPES)  # the order that kernels write
+SUMS: tuple[str, ...] = ("maximum", "log_sum", "mean_shift")  # what the gradient of a row needs
+OUTPUTS: tuple[str, ...] = ("logprobs", "entropy", "lse", "is_top1")
+TERMS: tuple[str, ...] = ("token_loss", "ratio", "kl", "rho", "is_clipped", "loss")
+SLOPES: tuple[str, ...] = ("d_logprobs", "d_lse")
+COLUMNS: tuple[str, ...] = (*SUMS, *OUTPUTS, *TERMS, *SLOPES)  # the order that kernels write
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ LOG2_E = math.log2(
 class TorchRows:
     """`row_table.RowWork` on top of ``stats``: the objective in torch, per chunk."""
 
-    loss_columns = (*OUTPUTS, *TERMS)
+    loss_columns: tuple[str, ...] = (*OUTPUTS, *TERMS)
 
     def stats(self, raw: Tensor, labels: Tensor, view: LogitView) -> RowStats:
         """Statistics of the rows of ``raw`` ``[C, V]``, which stays as it is."""

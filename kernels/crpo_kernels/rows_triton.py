@@ -24,11 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import objective
 from .launch_triton import constant, launch
+from .objective_triton import put_objective, twin
 from .row_table import COLUMNS, RowTable
 from .terms import Coefficients
-from .twin_triton import triton_twin
 
 if TYPE_CHECKING:
     from .row_table import Objective
@@ -38,14 +37,9 @@ if TYPE_CHECKING:
 BLOCK_V = 2048  # logits a program loads at once
 NUM_WARPS = 8  # 8 fp32 logits a thread: two loads of 128 bits
 
-_twin = triton_twin(objective)
-_token_terms = _twin.token_terms
-_row_loss = _twin.row_loss
-_lse_slope = _twin.lse_slope
-_row_factors = _twin.row_factors
-_weighted = _twin.weighted
+_row_factors = twin.row_factors
 
-# read by kernels as globals
+# columns of the table, read by kernels as globals
 _LOGPROBS = constant(COLUMNS.index("logprobs"))
 _ENTROPY = constant(COLUMNS.index("entropy"))
 _LSE = constant(COLUMNS.index("lse"))
@@ -53,14 +47,6 @@ _IS_TOP1 = constant(COLUMNS.index("is_top1"))
 _MAXIMUM = constant(COLUMNS.index("maximum"))
 _LOG_SUM = constant(COLUMNS.index("log_sum"))
 _MEAN_SHIFT = constant(COLUMNS.index("mean_shift"))
-_TOKEN_LOSS = constant(COLUMNS.index("token_loss"))
-_RATIO = constant(COLUMNS.index("ratio"))
-_KL = constant(COLUMNS.index("kl"))
-_RHO = constant(COLUMNS.index("rho"))
-_IS_CLIPPED = constant(COLUMNS.index("is_clipped"))
-_LOSS = constant(COLUMNS.index("loss"))
-_D_LOGPROBS = constant(COLUMNS.index("d_logprobs"))
-_D_LSE = constant(COLUMNS.index("d_lse"))
 
 # pointers into the middle of vectors: their alignment must not make variants
 _UNALIGNED = [
@@ -185,57 +171,13 @@ def row_stats_fwd_kernel(
     tl.store(table_ptr + _LOG_SUM * stride_table, log_sum)
     tl.store(table_ptr + _MEAN_SHIFT * stride_table, mean_shift)
     if POLICY is not None:
-        _objective(
+        put_objective(
             row, logprob, entropy, lse, table_ptr, stride_table,
             token_weights_ptr, advantages_ptr, entropy_weights_ptr, z_loss_weights_ptr,
             old_logprobs_ptr, rollout_logprobs_ptr, ref_logprobs_ptr,
             clip_low, clip_high, kl_coef, rho_cap, rho_floor,
             POLICY, KL_ESTIMATOR, RHO_MODE, USES_KL,
         )  # fmt: skip
-
-
-@triton.jit
-def _objective(
-    row, logprob, entropy, lse, table_ptr, stride_table,
-    token_weights_ptr, advantages_ptr, entropy_weights_ptr, z_loss_weights_ptr,
-    old_logprobs_ptr, rollout_logprobs_ptr, ref_logprobs_ptr,
-    clip_low, clip_high, kl_coef, rho_cap, rho_floor,
-    POLICY: tl.constexpr, KL_ESTIMATOR: tl.constexpr, RHO_MODE: tl.constexpr, USES_KL: tl.constexpr,
-):  # fmt: skip
-    """`terms.evaluate` on one row: its loss, slopes and statistics, written to the table."""
-    old = logprob
-    if old_logprobs_ptr is not None:
-        old = tl.load(old_logprobs_ptr + row)
-    advantages = 0.0 * logprob
-    if advantages_ptr is not None:
-        advantages = tl.load(advantages_ptr + row)
-    log_rho = None
-    if RHO_MODE is not None:
-        log_rho = old - tl.load(rollout_logprobs_ptr + row)
-    ref_logprob = None
-    if ref_logprobs_ptr is not None:
-        ref_logprob = tl.load(ref_logprobs_ptr + row)
-    value, slope, ratio, kl, rho, is_clipped = _token_terms(
-        POLICY, KL_ESTIMATOR, RHO_MODE, USES_KL,
-        logprob, logprob - old, log_rho, advantages, ref_logprob,
-        clip_low, clip_high, kl_coef, rho_cap, rho_floor,
-    )  # fmt: skip
-    token_weight = tl.load(token_weights_ptr + row)
-    entropy_weight = None
-    if entropy_weights_ptr is not None:
-        entropy_weight = tl.load(entropy_weights_ptr + row)
-    z_weight = None
-    if z_loss_weights_ptr is not None:
-        z_weight = tl.load(z_loss_weights_ptr + row)
-        tl.store(table_ptr + _D_LSE * stride_table, _lse_slope(lse, z_weight))
-    loss = _row_loss(value, token_weight, entropy, entropy_weight, lse, z_weight)
-    tl.store(table_ptr + _TOKEN_LOSS * stride_table, value)
-    tl.store(table_ptr + _RATIO * stride_table, ratio)
-    tl.store(table_ptr + _KL * stride_table, kl)
-    tl.store(table_ptr + _RHO * stride_table, rho)
-    tl.store(table_ptr + _IS_CLIPPED * stride_table, is_clipped.to(tl.float32))
-    tl.store(table_ptr + _LOSS * stride_table, loss)
-    tl.store(table_ptr + _D_LOGPROBS * stride_table, _weighted(token_weight, slope))
 
 
 @triton.jit
@@ -324,7 +266,7 @@ def row_grad_fwd_kernel(
 
 def _block(vocab_size: int) -> dict[str, int]:
     """The tile of a row: no wider than a small vocabulary needs."""
-    return {"BLOCK_V": min(BLOCK_V, max(16, triton.next_power_of_2(vocab_size)))}
+    return {"BLOCK_V": min(BLOCK_V, max(16, 1 << (vocab_size - 1).bit_length()))}
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -333,11 +275,12 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 
 
 def _view_arguments(view: LogitView) -> dict[str, Any]:
-    is_column = isinstance(view.outer, Tensor)
+    outer = view.outer
+    column = outer.contiguous() if isinstance(outer, Tensor) else None
     return {
         "bias_ptr": view.bias,
-        "outer_ptr": _dense(view.outer) if is_column else None,
-        "outer": 1.0 if is_column else float(view.outer),
+        "outer_ptr": column,
+        "outer": 1.0 if isinstance(outer, Tensor) else float(outer),
         "inner": view.inner,
     }
 
@@ -414,7 +357,7 @@ def row_grad(
 class TritonRows:
     """`row_table.RowWork` by the two kernels."""
 
-    loss_columns = COLUMNS
+    loss_columns: tuple[str, ...] = COLUMNS
 
     def put_stats(
         self,

@@ -106,7 +106,7 @@ def stage_counts_fwd(
     counts = torch.empty(
         (num_sequences, num_stages), dtype=torch.int32, device=stage_ids.device
     )  # [B, S]
-    block_s = min(MAX_BLOCK_S, triton.next_power_of_2(max(num_stages, 1)))
+    block_s = min(MAX_BLOCK_S, 1 << max(num_stages - 1, 0).bit_length())
     arguments = {
         "ids_ptr": stage_ids,
         "bounds_ptr": cu_seqlens,
@@ -116,7 +116,7 @@ def stage_counts_fwd(
         "BLOCK_T": BLOCK_T,
         "BLOCK_S": block_s,
     }
-    grid = (num_sequences, triton.cdiv(num_stages, block_s))
+    grid = (num_sequences, -(-num_stages // block_s))
     launch(stage_counts_fwd_kernel, grid, arguments, num_warps=4)
     return counts
 
@@ -149,6 +149,6 @@ def stage_weights_fwd(
         "first_step": (1 << num_sequences.bit_length()) // 2,
         "BLOCK_T": BLOCK_T,
     }
-    grid = (triton.cdiv(stage_ids.numel(), BLOCK_T),)
+    grid = (-(-stage_ids.numel() // BLOCK_T),)
     launch(stage_weights_fwd_kernel, grid, arguments, num_warps=4)
     return weights
