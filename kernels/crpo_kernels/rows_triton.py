@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch_triton import constant, launch
+from .logits_triton import logits_of
 from .objective_triton import put_objective, twin
 from .row_table import COLUMNS, RowTable
 from .terms import Coefficients
@@ -58,28 +59,6 @@ _UNALIGNED = [
 
 
 @triton.jit
-def _tanh(x):
-    """Odd, and without cancelling near 0, where 1 - e^-2|x| would."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    y = x * x
-    near = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
-    return tl.where(y < 0.0625, x * near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _logits(raw, bias, inner, outer):
-    """Tempered logits from raw products; -1e30 stands for -inf, NaN stays."""
-    z = raw.to(tl.float32)
-    if bias is not None:
-        z += bias
-    if inner is not None:
-        z = _tanh(z * inner)
-    z *= outer
-    return tl.where(z < -1e30, -1e30, z)
-
-
-@triton.jit
 def _add_tile(z, mask, m, s, t):
     """One more logit on each lane; ``mask`` None where all lanes have one."""
     x = z - m
@@ -92,7 +71,7 @@ def _add_tile(z, mask, m, s, t):
 
 
 @triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
-def row_stats_fwd_kernel(
+def row_stats_kernel(
     raw_ptr,  # [C, V] fp32
     stride_raw,
     labels_ptr,  # [C] int64
@@ -137,14 +116,14 @@ def row_stats_fwd_kernel(
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + start + offs_v)
-        m, s, t = _add_tile(_logits(raw, bias, inner, outer), None, m, s, t)
+        m, s, t = _add_tile(logits_of(raw, bias, inner, outer), None, m, s, t)
     if num_full < vocab_size:
         mask_v = num_full + offs_v < vocab_size
         raw = tl.load(raw_ptr + num_full + offs_v, mask=mask_v, other=0.0)
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + num_full + offs_v, mask=mask_v, other=0.0)
-        z = tl.where(mask_v, _logits(raw, bias, inner, outer), -1e30)
+        z = tl.where(mask_v, logits_of(raw, bias, inner, outer), -1e30)
         m, s, t = _add_tile(z, mask_v, m, s, t)
     maximum = tl.max(m, 0)
     d = m - maximum
@@ -157,7 +136,7 @@ def row_stats_fwd_kernel(
     label_bias = None
     if bias_ptr is not None:
         label_bias = tl.load(bias_ptr + label)
-    shift = _logits(tl.load(raw_ptr + label), label_bias, inner, outer) - maximum
+    shift = logits_of(tl.load(raw_ptr + label), label_bias, inner, outer) - maximum
     # a fused multiply-add may round the label's logit another way: then it is the maximum itself
     shift = tl.where(tl.abs(shift) <= 2.4e-7 * tl.abs(maximum), 0.0, shift)
     logprob = shift - log_sum
@@ -195,7 +174,7 @@ def _gradient(z, maximum, log_sum, a, q, slope, inner, outer):
 
 
 @triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
-def row_grad_fwd_kernel(
+def row_grad_kernel(
     raw_ptr,  # [C, V] fp32
     stride_raw,
     d_raw_ptr,  # [C, V] bf16, fp16 or fp32, written
@@ -248,7 +227,7 @@ def row_grad_fwd_kernel(
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + start + offs_v)
-        z = _logits(raw, bias, inner, outer)
+        z = logits_of(raw, bias, inner, outer)
         dz = _gradient(z, maximum, log_sum, a, q, slope, inner, outer)
         dz = tl.where(start + offs_v == label, label_grad, dz)
         tl.store(d_raw_ptr + start + offs_v, dz.to(d_raw_ptr.dtype.element_ty))
@@ -258,7 +237,7 @@ def row_grad_fwd_kernel(
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + num_full + offs_v, mask=mask_v, other=0.0)
-        z = _logits(raw, bias, inner, outer)
+        z = logits_of(raw, bias, inner, outer)
         dz = _gradient(z, maximum, log_sum, a, q, slope, inner, outer)
         dz = tl.where(num_full + offs_v == label, label_grad, dz)
         tl.store(d_raw_ptr + num_full + offs_v, dz.to(d_raw_ptr.dtype.element_ty), mask=mask_v)
@@ -319,7 +298,7 @@ def row_stats(
         "USES_KL": spec is not None and spec.kl_coef != 0,
         **_block(raw.shape[1]),
     }
-    launch(row_stats_fwd_kernel, (raw.shape[0],), arguments, num_warps=NUM_WARPS)
+    launch(row_stats_kernel, (raw.shape[0],), arguments, num_warps=NUM_WARPS)
 
 
 def row_grad(
@@ -351,7 +330,7 @@ def row_grad(
         **{name: _dense(vector) for name, vector in vectors.items()},
         **_block(raw.shape[1]),
     }
-    launch(row_grad_fwd_kernel, (raw.shape[0],), arguments, num_warps=NUM_WARPS)
+    launch(row_grad_kernel, (raw.shape[0],), arguments, num_warps=NUM_WARPS)
 
 
 class TritonRows:
