@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Candidate:
         has_entropy_gradient: whether the entropy term is part of what it computes.
         rounds: timed repetitions on a CPU; slow ones get fewer.
         num_products: bare products over the head that it cannot do without: its floor.
+        has_early_gradients: forward makes d_hidden.
         has_errors: its errors are measured; not where that would generate code of its own.
         needs: distribution that must be installed, or None.
         note: what a reader must know.
@@ -60,6 +62,7 @@ class Candidate:
     has_entropy_gradient: bool = True
     rounds: int = 3
     num_products: int = 3
+    has_early_gradients: bool = False
     has_errors: bool = True
     needs: str | None = None
     note: str = ""
@@ -154,15 +157,7 @@ def fused(
     def step(inputs: Inputs) -> Result:
         logits = inputs.labels.numel() * inputs.weight.shape[0]
         loss, stats = ck.linear_policy_loss(
-            inputs.hidden,
-            inputs.weight,
-            inputs.labels,
-            advantages=inputs.advantages,
-            token_weights=inputs.token_weights,
-            entropy_weights=inputs.entropy_weights,
-            ref_logprobs=inputs.ref_logprobs,
-            spec=ck.ObjectiveSpec(kl_coef=KL_COEF),
-            temperature=inputs.case.temperature,
+            **policy_arguments(inputs),
             backend=backend,
             mode=mode,
             workspace_bytes=None if bytes_per_logit is None else bytes_per_logit * logits,
@@ -170,6 +165,16 @@ def fused(
         return Result(loss, *gradients(loss, inputs), stats.logprobs, stats.entropy)
 
     return step
+
+
+def policy_arguments(inputs: Inputs) -> dict[str, Any]:
+    """What `crpo_kernels.linear_policy_loss` gets of the inputs."""
+    names = ("hidden", "weight", "labels", "advantages", "token_weights", "entropy_weights")
+    return {
+        **{name: getattr(inputs, name) for name in (*names, "ref_logprobs")},
+        "spec": ck.ObjectiveSpec(kl_coef=KL_COEF),
+        "temperature": inputs.case.temperature,
+    }
 
 
 def scored(backend: str = "auto") -> Callable[[Inputs], Result]:

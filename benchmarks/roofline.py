@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crpo_kernels.plan import RING_ROWS, make_plan
+from crpo_kernels.plan import PRODUCT_ROWS, default_workspace, make_plan, padded
 
 from .devices import DEVICES, SUSTAINED_BANDWIDTH, SUSTAINED_PRODUCTS, Device
 
@@ -80,20 +80,22 @@ def planned(
 ) -> Sizes:
     """The sizes that crpo_kernels chooses on a GPU whose memory is free."""
     rows, vocab, dim = shape
-    wanted = 4 * vocab * dim + 4 * RING_ROWS * vocab if workspace is None else workspace
     kind = getattr(torch, dtype)
     with FakeTensorMode():
+        weight = torch.empty(vocab, dim, dtype=kind, device="cuda")
         plan = make_plan(
             torch.empty(rows, dim, dtype=kind, device="cuda"),
-            torch.empty(vocab, dim, dtype=kind, device="cuda"),
+            weight,
             rows,
-            backend="torch",
+            backend="triton",
             mode="two_pass" if path.startswith("mode B") else "one_pass",
-            workspace_bytes=wanted,
+            workspace_bytes=workspace,
             needs_weight_grad=PATHS[path].needs_weight,
             is_compiled=False,
         )
-    return Sizes(rows, vocab, dim, ITEM[dtype], plan.chunk_rows, plan.chunk_rows, wanted)
+        asked = default_workspace(weight) if workspace is None else workspace
+    group = min(plan.group_rows, rows)
+    return Sizes(rows, vocab, dim, ITEM[dtype], min(plan.chunk_rows, rows), group, asked)
 
 
 def z_product(s: Sizes, name: str = "Z product") -> Step:
@@ -126,10 +128,14 @@ def cached_grad(s: Sizes) -> Step:
     return Step("row_grad of E", GRAD_OPERATIONS * s.rows * s.vocab, 2 * s.item * s.rows * s.vocab)
 
 
-def d_hidden(s: Sizes, parts: int) -> Step:
-    """DZ W in ``parts`` products."""
-    num_bytes = s.item * (s.rows * s.vocab + parts * s.vocab * s.dim + s.rows * s.dim)
-    return Step("d_hidden", _product(s), num_bytes, True, f"{parts} products")
+def d_hidden(s: Sizes) -> Step:
+    """DZ W, a product for each part of a group: fp32 results that are rounded afterwards."""
+    step = min(s.group, PRODUCT_ROWS)
+    sizes = [min(s.group, s.rows - first) for first in range(0, s.rows, s.group)]
+    parts = sum(-(-size // step) for size in sizes)
+    num_bytes = s.item * (s.rows * s.vocab + parts * s.vocab * s.dim)
+    num_bytes += (4 + 4 + s.item) * s.rows * s.dim  # written, read, rounded
+    return Step("d_hidden", _product(s), num_bytes, True, f"{parts} of {step} rows")
 
 
 def d_weight(s: Sizes) -> Step:
@@ -153,7 +159,7 @@ def fp32_sum(s: Sizes) -> list[Step]:
 
 def mode_a(s: Sizes) -> list[Step]:
     """One pass: 6NVD."""
-    gradients = [row_grad(s), d_hidden(s, s.num_groups), d_weight(s), *fp32_sum(s)]
+    gradients = [row_grad(s), d_hidden(s), d_weight(s), *fp32_sum(s)]
     return [z_product(s), row_stats(s), *gradients]
 
 
@@ -161,18 +167,18 @@ def mode_b_cached(s: Sizes) -> list[Step]:
     """Two passes with E kept: 6NVD. One dZ of all rows."""
     whole = Sizes(s.rows, s.vocab, s.dim, s.item, s.chunk, s.rows, s.workspace)
     first = [z_product(s), row_stats(s), make_cache(s)]
-    return [*first, cached_grad(s), d_hidden(whole, 1), d_weight(whole)]
+    return [*first, cached_grad(s), d_hidden(whole), d_weight(whole)]
 
 
 def mode_b_recompute(s: Sizes) -> list[Step]:
     """Two passes with the logits computed twice: 8NVD."""
     first = [z_product(s), row_stats(s), z_product(s, "Z product again")]
-    return [*first, row_grad(s), d_hidden(s, s.num_groups), d_weight(s), *fp32_sum(s)]
+    return [*first, row_grad(s), d_hidden(s), d_weight(s), *fp32_sum(s)]
 
 
 def frozen_head(s: Sizes) -> list[Step]:
     """One pass without d_weight: 4NVD."""
-    return [z_product(s), row_stats(s), row_grad(s), d_hidden(s, s.num_chunks)]
+    return [z_product(s), row_stats(s), row_grad(s), d_hidden(s)]
 
 
 def scoring(s: Sizes) -> list[Step]:
@@ -201,15 +207,18 @@ PATHS = {
 def extra_memory(s: Sizes, path: str) -> dict[str, int]:
     """Bytes beyond the inputs that a path may hold: logits and gradient factors, fp32 sum, results.
 
-    Vectors of one value a row are left out.
+    Mode A's d_hidden exists twice in backward: scaled by the gradient from above into another
+    tensor, so that it can run again. Vectors of one value a row are left out.
     """
-    kept = {"scoring only": 0, "frozen head": s.chunk, "mode B cached": s.rows}.get(path, s.group)
+    kept = {"scoring only": 0, "mode B cached": s.rows}.get(path, s.group)
+    pitch = padded(s.vocab)
     has_sum = path in ("mode A", "mode B recompute") and s.num_groups > 1
     return {
-        "fp32 logits": 4 * s.chunk * s.vocab,
-        "E cache" if path == "mode B cached" else "gradient factors": s.item * kept * s.vocab,
+        "fp32 logits": 4 * s.chunk * pitch,
+        "E cache" if path == "mode B cached" else "gradient factors": s.item * kept * pitch,
+        "fp32 part of d_hidden": 4 * min(kept, PRODUCT_ROWS) * s.dim,
         "fp32 d_weight": 4 * s.vocab * s.dim if has_sum else 0,
-        "d_hidden": 0 if path == "scoring only" else s.item * s.rows * s.dim,
+        "d_hidden, twice": 0 if path == "scoring only" else 2 * s.item * s.rows * s.dim,
         "d_weight": s.item * s.vocab * s.dim if PATHS[path].needs_weight else 0,
     }
 

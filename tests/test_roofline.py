@@ -29,7 +29,7 @@ def test_mode_a_by_hand():
         "Z product": (16_000, 2 * (80 + 2 * 1000) + 3200, True),  # the weight is read per chunk
         "row_stats": (6400, 3200, False),
         "row_grad": (4800, 3200 + 1600, False),
-        "d_hidden": (16_000, 1600 + 2000 + 160, True),
+        "d_hidden": (16_000, 1600 + 2000 + 80 * (4 + 4 + 2), True),
         "d_weight": (16_000, 1600 + 160 + 2000, True),
     }
 
@@ -39,7 +39,7 @@ def test_two_groups_add_to_a_fp32_sum():
     # the first group writes 4000 bytes, the second reads and writes them; rounded in backward
     assert steps["d_weight"] == (16_000, 1600 + 160 + 3 * 4000, True)
     assert steps["fp32 d_weight, rounded"] == (1000, 4000 + 2000, False)
-    assert steps["d_hidden"] == (16_000, 1600 + 2 * 2000 + 160, True)
+    assert steps["d_hidden"] == (16_000, 1600 + 2 * 2000 + 800, True)
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,28 @@ def test_a_floor_is_the_larger_of_both_and_says_which():
 
 def test_memory_by_hand():
     assert roofline.extra_memory(TWO, "mode A") == {
-        "fp32 logits": 4 * 4 * 100,
-        "gradient factors": 2 * 4 * 100,
+        "fp32 logits": 4 * 4 * 112,  # rows on a pitch of 16 elements
+        "gradient factors": 2 * 4 * 112,
+        "fp32 part of d_hidden": 4 * 4 * 10,
         "fp32 d_weight": 4000,
-        "d_hidden": 160,
+        "d_hidden, twice": 320,
         "d_weight": 2000,
     }
-    assert sum(roofline.extra_memory(ONE, "scoring only").values()) == 1600
-    assert roofline.extra_memory(ONE, "mode B cached")["E cache"] == 1600
+    assert sum(roofline.extra_memory(ONE, "scoring only").values()) == 16 * 112
+    assert roofline.extra_memory(ONE, "mode B cached")["E cache"] == 2 * 8 * 112
     assert roofline.extra_memory(TWO, "frozen head")["fp32 d_weight"] == 0
+
+
+def test_the_sizes_are_those_of_the_plan():
+    shape = (8192, 131072, 4096)
+    full = roofline.planned(shape, "bfloat16", None, "mode A")
+    assert (full.chunk, full.group, full.num_chunks, full.num_groups) == (1024, 8192, 8, 1)
+    assert full.workspace == 4 * 131072 * 4096 + 8 * 1024 * 131072
+    small = roofline.planned(shape, "bfloat16", 1 << 30, "mode A")
+    assert small.num_groups > 1
+    assert 131072 * (4 * small.chunk + 2 * small.group) <= 1 << 30
+    frozen = roofline.planned(shape, "bfloat16", None, "frozen head")
+    assert frozen.group == frozen.chunk == 1024
 
 
 def test_the_command_prints_the_steps_of_the_design_shape(capsys):

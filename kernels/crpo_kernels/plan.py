@@ -150,12 +150,12 @@ def default_workspace(weight: Tensor) -> int:
     """1 GiB on a CPU; on a GPU 4 V D bytes, the ring and a group, or half of what is free if less.
 
     Free is what the driver has and what torch's allocator holds unused. While a CUDA graph is
-    captured nothing is asked, so that it is the default or what was given.
+    captured, and of a fake tensor (who plans wants shapes), nothing is asked: all is free.
     """
     if weight.device.type != "cuda":
         return CPU_WORKSPACE_BYTES
     wanted = 4 * weight.numel() + 8 * RING_ROWS * padded(weight.shape[0])
-    if torch.cuda.is_current_stream_capturing():
+    if hasattr(weight, "fake_mode") or torch.cuda.is_current_stream_capturing():
         return wanted
     free = torch.cuda.mem_get_info(weight.device)[0]
     held = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
