@@ -26,8 +26,9 @@ def memory_of(candidate: Candidate, inputs: Inputs) -> dict[str, int]:
     """Peak bytes beyond the inputs of one forward and backward.
 
     ``extra_bytes`` counts everything, both gradients included; ``workspace_bytes`` is without the
-    gradients: those that backward returns, and a d_hidden made in forward. On a CPU no code is generated under the counter: our row passes
-    run eagerly here, with two scratch buffers of a few rows more.
+    gradients: those that backward returns, and a d_hidden made in forward. On a CPU no code is
+    generated under the counter: our row passes run eagerly here, with two scratch buffers of a few
+    rows more.
     """
     forward: list[int] = []
     with counting(inputs.hidden.device, inputs.tensors()) as counter:
