@@ -137,8 +137,10 @@ def row_stats_kernel(
     if bias_ptr is not None:
         label_bias = tl.load(bias_ptr + label)
     shift = logits_of(tl.load(raw_ptr + label), label_bias, inner, outer) - maximum
-    # a fused multiply-add may round the label's logit another way: then it is the maximum itself
-    shift = tl.where(tl.abs(shift) <= 2.4e-7 * tl.abs(maximum), 0.0, shift)
+    # a fused multiply-add may round the label's own logit another way, by half a unit in the last
+    # place (a tanh by two): then it is the maximum itself
+    rounding = 6e-8 if inner is None else 2.4e-7
+    shift = tl.where(tl.abs(shift) <= rounding * tl.abs(maximum), 0.0, shift)
     logprob = shift - log_sum
     entropy = log_sum - mean_shift
     lse = maximum + log_sum
