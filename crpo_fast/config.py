@@ -230,7 +230,7 @@ class TrainConfig:
     token_budget: int = 4096  # most tokens of a micro-batch, prompts included
     layout: str = "packed"  # packed (one row, no padding) | padded (one sequence a row)
     workspace_mib: int | None = None  # MiB of the loss; None: the kernels choose
-    loss_backend: str = "auto"  # auto | torch | dense (all logits; for tests)
+    loss_backend: str = "auto"  # auto (triton where it runs, else torch) | triton | torch | dense
     threads: int = 0  # 0: all cores divided by the ranks of this machine
     updates_per_rollout: int = 1  # optimizer updates per step of the loop
     minibatches: int = 0  # parts of a rollout's groups; 0: updates_per_rollout

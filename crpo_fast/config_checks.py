@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("sft", "crpo", "grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
-LOSS_BACKENDS = ("auto", "torch", "dense")  # of crpo_kernels
+LOSS_BACKENDS = ("auto", "triton", "torch", "dense")  # of crpo_kernels
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 

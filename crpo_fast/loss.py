@@ -82,9 +82,6 @@ def loss_spec(config: Config, phase: PhaseConfig, stage_coefs: list[float]) -> L
     """
     is_sft = phase.algorithm == "sft"
     aggregation = None if is_sft else config.objective.aggregation
-    options: dict[str, Any] = {"backend": config.train.loss_backend}
-    if config.train.workspace_mib is not None:
-        options["workspace_bytes"] = config.train.workspace_mib * 2**20
     return LossSpec(
         objective=_objective(config, phase.algorithm),
         aggregation=aggregation or AGGREGATION[phase.algorithm],
@@ -94,8 +91,16 @@ def loss_spec(config: Config, phase: PhaseConfig, stage_coefs: list[float]) -> L
         temperature=1.0 if is_sft else config.rollout.temperature,
         max_length=config.rollout.max_tokens,
         group=config.objective.bnpo_group,
-        options=tuple(options.items()),
+        options=tuple(kernel_options(config).items()),
     )
+
+
+def kernel_options(config: Config) -> dict[str, Any]:
+    """Keyword arguments of every call of the kernels, with gradients and without."""
+    options: dict[str, Any] = {"backend": config.train.loss_backend}
+    if config.train.workspace_mib is not None:
+        options["workspace_bytes"] = config.train.workspace_mib * 2**20
+    return options
 
 
 def _objective(config: Config, algorithm: str) -> ObjectiveSpec:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crpo_fast import distributed
 from crpo_fast.batch import Row
+from crpo_fast.loss import kernel_options
 from crpo_fast.metrics import JsonLines
 from crpo_fast.packing import MicroBatch, Sequence, pack
 from crpo_fast.session import Session
@@ -104,7 +105,7 @@ def _head(session: Session, batch: MicroBatch) -> Tensor:
             weight,
             batch.labels,
             temperature=config.rollout.temperature,
-            backend=config.train.loss_backend,
+            **kernel_options(config),
             **head,
         )
         return torch.stack((out.logprobs, out.entropy))

@@ -21,6 +21,7 @@ from crpo_fast.rollout import Engine
 from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.static import StaticEngine
 from crpo_fast.task import Rows, Task, build_grammar, build_task, check_written, load_rows
+from crpo_kernels import unsupported_reason
 
 ENGINES = {"hf": HFEngine, "static": StaticEngine}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -80,6 +81,21 @@ def check_ranks(config: Config, ranks: int) -> None:
         )
 
 
+def check_loss_backend(config: Config, device: torch.device) -> None:
+    """A backend that is asked for by name runs here.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    backend = config.train.loss_backend
+    reason = unsupported_reason(backend, device, DTYPES[config.model.compute_dtype])
+    if reason is not None:
+        raise ConfigError(
+            f"train.loss_backend: expected auto, torch or dense here, got {backend!r}: {reason}. "
+            "Type --train.loss_backend auto."
+        )
+
+
 def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = None) -> Session:
     """Load or build everything; files are written by rank 0 alone.
 
@@ -93,6 +109,7 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
         ConfigError, ModelError, DataError: what is wrong and what to type.
     """
     check_ranks(config, world.size)
+    check_loss_backend(config, world.device)
     with distributed.main_first(world):
         rows = load_rows(config, run_dir, write=world.is_main)
         build_model, tokenizer = _source(config, world, rows, run_dir)

@@ -122,7 +122,7 @@ def test_missing_file() -> None:
         (["--rewards.weights", "1"], r"rewards\.weights: expected 2 numbers"),
         (
             ["--train.loss_backend", "foo"],
-            r"train\.loss_backend: expected one of auto, torch, dense, got 'foo'",
+            r"train\.loss_backend: expected one of auto, triton, torch, dense, got 'foo'",
         ),
         (["--phases.0.schedule", "cosin"], r"phases\[0\]\.schedule: .*Did you mean 'cosine'"),
         (

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import crpo_kernels as ck
 from crpo_kernels.spec import ObjectiveSpec
+from crpo_kernels.validate import check_labels
 from numerics import make_problem
 
 
@@ -53,6 +57,18 @@ HEAD_CASES = {
     "labels_list": ({"labels": [1] * 6}, "labels: expected a torch.Tensor, got list"),
     "weight_dtype": ({"weight": torch.ones(101, 16).bfloat16()}, "weight: .* got torch.bfloat16"),
     "weight_device": ({"weight": torch.ones(101, 16, device="meta")}, "weight: .* got meta"),
+    "weight_on_a_gpu": (
+        {"hidden": torch.ones(6, 16, device="meta"), "labels": torch.ones(6, device="meta").long()},
+        r"weight: expected a tensor on meta as hidden, got cpu. Pass weight.to\(hidden.device\)",
+    ),
+    "hidden_dtype": (
+        {"hidden": torch.ones(6, 16).bfloat16()},
+        r"weight: expected torch.bfloat16 as hidden, got torch.float32. Pass weight.to\(hidden",
+    ),
+    "vocabulary_beyond_int32": (
+        {"weight": torch.ones(1, 16).expand(2**31, 16)},
+        r"weight: expected V of at most 2147483647 rows .* got V = 2147483648. Pass .* weight\[:",
+    ),
     "weight_transposed": ({"weight": torch.ones(16, 101)}, r"weight: .*\[V, 16\].* transpose"),
     "dtensor": (
         {"weight": torch.ones(101, 16).as_subclass(FakeDTensor)},
@@ -77,6 +93,10 @@ HEAD_CASES = {
     "mode": ({"mode": "one-pass"}, "mode: expected one of .* Did you mean 'one_pass'"),
     "workspace": ({"workspace_bytes": 0}, "workspace_bytes: expected bytes above 0 or None, got 0"),
     "vocab_start": ({"vocab_start": 8}, "vocab_start: expected 0 without a process_group, got 8"),
+}
+META_CASES = {
+    "vocabulary_beyond_int32": ({"weight": (2**31, 16)}, "weight: .* got V = 2147483648"),
+    "labels_length": ({"labels": (5,)}, "labels: expected T = 6 values"),
 }
 LOSS_CASES = {
     "advantages_length": (
@@ -123,6 +143,50 @@ def test_head(case, function):
     changes, message = HEAD_CASES[case]
     with pytest.raises(ValueError, match=message):
         call(function, **changes)
+
+
+@pytest.mark.parametrize("case", META_CASES)
+def test_head_without_values(case):
+    """Tensors of sizes that fit no machine, on a device where nothing can be read."""
+    changes, message = META_CASES[case]
+    shapes = {"hidden": (6, 16), "weight": (101, 16), "labels": (6,)} | changes
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    tensors["labels"] = tensors["labels"].long()
+    with pytest.raises(ValueError, match=message):
+        call("logprobs", **tensors)
+
+
+def test_labels_elsewhere_are_read_only_when_the_environment_asks(monkeypatch):
+    labels = torch.empty(6, dtype=torch.int64, device="meta")  # reading it is an error
+    for value in (None, "", "0"):
+        monkeypatch.delenv("CRPO_CHECK_LABELS", raising=False)
+        if value is not None:
+            monkeypatch.setenv("CRPO_CHECK_LABELS", value)
+        assert check_labels(labels, 6, 101).shape == (6,)
+    monkeypatch.setenv("CRPO_CHECK_LABELS", "1")
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        check_labels(labels, 6, 101)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [101, -1, -101])
+def test_labels_on_a_gpu_are_checked_when_the_environment_asks(monkeypatch, value):
+    monkeypatch.setenv("CRPO_CHECK_LABELS", "1")
+    with pytest.raises(ValueError, match=rf"labels: .* got {value} at row 2\."):
+        check_labels(shifted(value).cuda(), 6, 101)
+
+
+def test_a_dtensor_is_refused_whatever_computes():
+    """A real one: the loss outside the forward of the module that FSDP2 shards."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = distribute_tensor(torch.ones(101, 16), mesh, [Shard(0)])
+        for backend in ("auto", "torch", "dense"):
+            with pytest.raises(ValueError, match=r"weight: expected a plain Tensor, got a DTensor"):
+                call(weight=weight, backend=backend)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("case", LOSS_CASES)

@@ -11,6 +11,7 @@ Needs torch and nothing else.
 """
 
 from .api import linear_logprobs, linear_policy_loss
+from .dispatch import unsupported_reason
 from .explain import explain_choice
 from .spec import IGNORE_INDEX, Logprobs, ObjectiveSpec, TokenStats
 from .weights import aggregation_weights, stage_entropy_weights
@@ -25,4 +26,5 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "stage_entropy_weights",
+    "unsupported_reason",
 ]

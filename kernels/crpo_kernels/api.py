@@ -9,7 +9,9 @@ Both take the head the same way:
 
     hidden           [T, D] fp32, bf16 or fp64; leading dimensions are flattened, any strides
     weight           [V, D] the lm_head's weight, same dtype (or any under autocast)
-    labels           [T] int64 token ids, already shifted; IGNORE_INDEX rows return 0 everywhere
+    labels           [T] int64 token ids, already shifted; IGNORE_INDEX rows return 0 everywhere.
+                     Ids outside [0, V) are refused on the CPU; on a GPU, where reading them stops
+                     the host, with CRPO_CHECK_LABELS=1 in the environment
     bias             [V] added to the products
     temperature      divides the logits, in fp32; a float or fp32 [T], above 0
     logit_scale      multiplies products and bias;     logit_softcap   the c of c * tanh(x / c)
@@ -40,6 +42,7 @@ from .call import HeadCall
 from .dispatch import one_pass_reason
 from .row_table import Objective
 from .spec import Logprobs, ObjectiveSpec, TokenStats
+from .terms import Sequences
 from .validate import (
     check_objective,
     check_vocabulary_shard,
@@ -134,9 +137,8 @@ def linear_policy_loss(
     check_objective(spec, {**vectors, "cu_seqlens": cu_seqlens})
     call = HeadCall(hidden, weight, labels, bias, (temperature, logit_scale, logit_softcap), rows)
     call.plan(backend, mode, workspace_bytes, one_pass_reason(spec, old_logprobs is None))
-    sequence_ids = None
+    sequences = None
     if spec.policy == "gspo" and cu_seqlens is not None:
-        sequence_ids = call.compact(
-            sequence_of_token(cu_seqlens, call.num_rows, call.hidden.device)[0]
-        )
-    return call.policy_loss(Objective(spec, call.token_inputs(vectors), sequence_ids))
+        ids, count = sequence_of_token(cu_seqlens, call.num_rows, call.hidden.device)
+        sequences = Sequences(call.compact(ids), count)
+    return call.policy_loss(Objective(spec, call.token_inputs(vectors), sequences))

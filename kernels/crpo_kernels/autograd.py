@@ -129,7 +129,7 @@ class ObjectiveLoss(torch.autograd.Function):
     ) -> Tensor:  # []
         """The loss; per-token results are appended to ``results``."""
         result = evaluate(
-            objective.spec, objective.inputs, logprobs, entropy, lse, objective.sequence_ids
+            objective.spec, objective.inputs, logprobs, entropy, lse, objective.sequences
         )
         results.append(result)
         ctx.save_for_backward(*result.coefficients)

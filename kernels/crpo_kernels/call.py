@@ -186,7 +186,7 @@ class HeadCall:
 def cast_for_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in autocast's dtype, as in a Linear; fp64 stays. The casts are part of the graph."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     tensors = (hidden, weight)

@@ -67,6 +67,8 @@ def stats_dtype(tensor: Tensor) -> torch.dtype:
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Autocast off: the casts have been made, what follows says its dtypes itself."""
+    if not torch.amp.is_autocast_available(tensor.device.type):
+        return contextlib.nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .rows import LogitView, RowStats
 from .spec import ObjectiveSpec, TokenInputs
-from .terms import Coefficients, LossRows
+from .terms import Coefficients, LossRows, Sequences
 
 SUMS: tuple[str, ...] = ("maximum", "log_sum", "mean_shift")  # what the gradient of a row needs
 OUTPUTS: tuple[str, ...] = ("logprobs", "entropy", "lse", "is_top1")
@@ -29,7 +29,7 @@ class Objective:
 
     spec: ObjectiveSpec
     inputs: TokenInputs  # of [n]
-    sequence_ids: Tensor | None  # [n], for gspo
+    sequences: Sequences | None  # of [n], for gspo
 
 
 class RowTable:

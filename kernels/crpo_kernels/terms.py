@@ -32,6 +32,13 @@ class Coefficients(NamedTuple):
         return self._make(None if value is None else value[rows] for value in self)
 
 
+class Sequences(NamedTuple):
+    """Which rows belong together; how many there are is known without asking a device."""
+
+    ids: Tensor  # [C] int64
+    count: int  # B, empty ones included
+
+
 @dataclass(frozen=True)
 class LossRows:
     """The objective of C rows."""
@@ -51,14 +58,14 @@ def evaluate(
     logprobs: Tensor,  # [C]
     entropy: Tensor,  # [C]
     lse: Tensor,  # [C]
-    sequence_ids: Tensor | None = None,  # [C], for gspo
+    sequences: Sequences | None = None,  # of [C], for gspo
 ) -> LossRows:
     """Loss, slopes and statistics of some rows; for off-policy gspo of whole sequences."""
     old = inputs.old_logprobs
     log_ratio = logprobs - (logprobs if old is None else old)  # [C]; on-policy 0, and NaN stays
     if spec.policy == "gspo" and old is not None:
-        assert sequence_ids is not None, "gspo comes with its sequences"
-        log_ratio = sequence_mean(log_ratio, sequence_ids)
+        assert sequences is not None, "gspo comes with its sequences"
+        log_ratio = sequence_mean(log_ratio, sequences)
     advantages = torch.zeros_like(logprobs) if inputs.advantages is None else inputs.advantages
     log_rho = None
     if spec.rho_mode is not None:
@@ -76,11 +83,13 @@ def evaluate(
     return LossRows(loss, Coefficients(g, d_entropy, d_lse), value, ratio, kl, rho, is_clipped)
 
 
-def sequence_mean(x: Tensor, sequence_ids: Tensor) -> Tensor:  # [C]
-    """The mean of ``x`` over the rows of each row's own sequence."""
-    if not x.numel():
-        return x
-    num_sequences = int(sequence_ids.max()) + 1
-    sums = x.new_zeros(num_sequences).index_add_(0, sequence_ids, x)  # [B]
-    counts = x.new_zeros(num_sequences).index_add_(0, sequence_ids, torch.ones_like(x))  # [B]
-    return (sums / counts.clamp(min=1))[sequence_ids]
+def sequence_mean(x: Tensor, sequences: Sequences) -> Tensor:  # [C]
+    """The mean of ``x`` over the rows of each row's own sequence; repeats bit by bit."""
+    ids, num_sequences = sequences
+    sums, counts = x.new_zeros(2, num_sequences).unbind()  # [B]
+    for total, value in ((sums, x), (counts, torch.ones_like(x))):
+        if x.device.type == "cpu":
+            total.index_add_(0, ids, value)  # one thread, in order
+        else:
+            total.index_put_((ids,), value, accumulate=True)  # sorted; index_add_ has atomics
+    return (sums / counts.clamp(min=1))[ids]

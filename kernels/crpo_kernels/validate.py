@@ -1,20 +1,24 @@
 """What a caller can get wrong, said before any work: the argument, its value, what to type.
 
 Checks that need the values of a tensor run for CPU tensors only, where they are free; on a GPU they
-would stop the host.
+would stop the host. CRPO_CHECK_LABELS=1 in the environment has labels and rows read there as well.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .host import check_not_capturing, on_device
 from .spec import IGNORE_INDEX, ObjectiveSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+MAX_VOCAB = 2**31 - 1  # columns of the logits are int32 in the kernels
+CHECK_LABELS = "CRPO_CHECK_LABELS"
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -43,6 +47,12 @@ def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
         raise ValueError(
             f"weight: expected [V, {hidden.shape[-1]}] (D of hidden), got {list(weight.shape)}. "
             "Pass lm_head.weight; transpose it if it is [D, V]."
+        )
+    if weight.shape[0] > MAX_VOCAB:
+        raise ValueError(
+            f"weight: expected V of at most {MAX_VOCAB} rows (columns of the logits are int32), "
+            f"got V = {weight.shape[0]}. Pass the rows of the vocabulary alone: "
+            "weight[:vocab_size]."
         )
     if weight.dtype != hidden.dtype:
         raise ValueError(
@@ -78,26 +88,32 @@ def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
         )
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at values: on the CPU, elsewhere where the environment asks."""
+    return tensor.device.type == "cpu" or os.environ.get(CHECK_LABELS, "") not in ("", "0")
+
+
 def check_labels(labels: Tensor, num_rows: int, vocab_size: int) -> Tensor:  # [T]
     """``labels`` flat and int64.
 
     Raises:
-        ValueError: not one per row, not integers, or (on the CPU) beyond the vocabulary.
+        ValueError: not one per row, not integers, or (where they are read) beyond the vocabulary.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(
             f"labels: expected int64 token ids, got {labels.dtype}. Pass labels.long()."
         )
     flat = check_length("labels", labels, num_rows).long()
-    if flat.device.type == "cpu":
+    if num_rows and is_readable(flat):
         is_outside = ((flat < 0) & (flat != IGNORE_INDEX)) | (flat >= vocab_size)
-        if bool(is_outside.any()):
-            row = int(is_outside.nonzero()[0])
+        positions = torch.arange(num_rows, device=flat.device)
+        row = torch.where(is_outside, positions, num_rows).amin()  # []
+        first, value = torch.stack((row, flat[row.clamp(max=num_rows - 1)])).tolist()  # one read
+        if first < num_rows:
             raise ValueError(
-                f"labels: expected ids in 0..{vocab_size - 1} or {IGNORE_INDEX}, got "
-                f"{int(flat[row])} at row {row}. The weight has V = {vocab_size} rows: pass the "
-                "head that belongs to the tokenizer, or label rows that do not count with "
-                f"{IGNORE_INDEX}."
+                f"labels: expected ids in 0..{vocab_size - 1} or {IGNORE_INDEX}, got {value} at "
+                f"row {first}. The weight has V = {vocab_size} rows: pass the head that belongs to "
+                f"the tokenizer, or label rows that do not count with {IGNORE_INDEX}."
             )
     return flat
 
@@ -196,21 +212,50 @@ def counted_rows(rows: Tensor | Sequence[int] | None, labels: Tensor) -> Tensor 
     """Indices of the rows that count, None when all do. Without ``rows`` a GPU synchronises here.
 
     Raises:
-        ValueError: indices beyond T or given twice (checked on the CPU).
+        ValueError: no indices; beyond T or twice (where the host has them); none while a CUDA
+            graph is captured.
     """
     if rows is None:
+        check_not_capturing(
+            labels.device,
+            "rows: expected a tensor of indices while a CUDA graph is captured, got None, which "
+            "asks the device. Pass (labels != -100).nonzero() made before the capture.",
+        )
         counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
         return None if counted.numel() == labels.numel() else counted
-    indices = torch.as_tensor(rows, device=labels.device).reshape(-1).long()  # [n]
-    if indices.device.type != "cpu":
-        return indices
-    low, high = (int(v) for v in torch.aminmax(indices)) if indices.numel() else (0, -1)
-    if low < 0 or high >= labels.numel() or indices.unique().numel() != indices.numel():
+    indices = torch.as_tensor(rows).reshape(-1)  # [n]
+    if indices.numel() and (indices.dtype == torch.bool or indices.is_floating_point()):
         raise ValueError(
-            f"rows: expected distinct indices in 0..{labels.numel() - 1}, got values in "
-            f"{low}..{high}. Pass (labels != {IGNORE_INDEX}).nonzero() made on the host."
+            f"rows: expected integer indices, got {indices.dtype}. Pass mask.nonzero() of a mask."
         )
-    return indices[labels[indices] != IGNORE_INDEX]
+    indices = indices.long()
+    if is_readable(indices) and indices.numel():
+        _check_rows(indices, labels.numel())
+    indices = on_device("rows", indices, labels.device)
+    if labels.device.type == "cpu":
+        return indices[labels[indices] != IGNORE_INDEX]
+    if is_readable(labels) and bool((labels[indices] == IGNORE_INDEX).any()):
+        row = int(indices[labels[indices] == IGNORE_INDEX][0])
+        raise ValueError(
+            f"rows: expected labelled rows, got row {row} with label {IGNORE_INDEX}. Pass "
+            f"(labels != {IGNORE_INDEX}).nonzero() made on the host."
+        )
+    return indices
+
+
+def _check_rows(indices: Tensor, num_rows: int) -> None:
+    """Distinct rows of ``0..num_rows - 1``; ``indices`` has at least one."""
+    low, high = (int(v) for v in torch.aminmax(indices))
+    is_rising = bool((indices[1:] > indices[:-1]).all())
+    if low < 0 or high >= num_rows or not (is_rising or _are_distinct(indices)):
+        raise ValueError(
+            f"rows: expected distinct indices in 0..{num_rows - 1}, got values in {low}..{high}. "
+            f"Pass (labels != {IGNORE_INDEX}).nonzero() made on the host."
+        )
+
+
+def _are_distinct(indices: Tensor) -> bool:
+    return indices.unique().numel() == indices.numel()
 
 
 def check_workspace(workspace_bytes: int | None) -> None:

@@ -12,9 +12,8 @@ the result.
     constant       1 / (num_sequences * max_length)
     bnpo           1 / (num_groups * group_tokens[group_ids[b]])
 
-Tensors on a device are never read on the host, which would wait for the device (except "bnpo"
-without ``group_tokens``, whose number of groups decides a shape): what only their values can tell
-is refused on the CPU alone.
+Tensors on a device are never read on the host, which would wait for the device: what only their
+values can tell is refused on the CPU alone.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .host import on_device
 from .support import asks_for_interpreter, triton_obstacle
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
@@ -105,22 +105,31 @@ def _bnpo_denominators(
             f"group_ids: expected {num_local} values, one per sequence of cu_seqlens, "
             f"got {host.numel()}. Pass the group of every sequence in the order of cu_seqlens."
         )
-    groups = on_device(host, mask.device, torch.int64)  # [B]
-    if group_tokens is None:
-        num_groups = int(host.max()) + 1 if num_local else 0
-        tokens = mask.new_zeros(num_groups).index_add_(
-            0, groups[sequence_ids], mask
-        )  # [num_groups]
-    else:
-        tokens = on_device(group_tokens, mask.device, mask.dtype).reshape(-1)  # [num_groups]
-    is_readable = num_local and host.device.type == "cpu"
-    low, high = (int(x) for x in torch.aminmax(host)) if is_readable else (0, -1)
-    if low < 0 or high >= tokens.numel():
+    if group_tokens is not None:
+        group_tokens = on_device("group_tokens", group_tokens, mask.device, mask.dtype)
+        group_tokens = group_tokens.reshape(-1)  # [num_groups]
+    if not num_local:
+        return mask.new_empty(0)
+    if host.device.type == "cpu":
+        _check_group_ids(host, group_tokens)
+    groups = on_device("group_ids", host, mask.device)  # [B]
+    if group_tokens is not None:
+        return group_tokens.clamp(min=1)[groups] * group_tokens.numel()
+    in_order, places = groups.sort()
+    is_next = torch.cat((groups.new_zeros(1), (in_order[1:] != in_order[:-1]).long()))
+    ranks = torch.empty_like(groups).scatter_(0, places, is_next.cumsum(0))  # [B] in 0..B - 1
+    tokens = mask.new_zeros(num_local).index_add_(0, ranks[sequence_ids], mask)  # [B]
+    return tokens.clamp(min=1)[ranks] * (in_order[-1] + 1)
+
+
+def _check_group_ids(groups: Tensor, group_tokens: Tensor | None) -> None:
+    low, high = (int(x) for x in torch.aminmax(groups))
+    num_groups = high + 1 if group_tokens is None else group_tokens.numel()
+    if low < 0 or high >= num_groups:
         raise ValueError(
-            f"group_ids: expected values in 0..{tokens.numel() - 1} (group_tokens has "
-            f"{tokens.numel()} groups), got {low}..{high}. Number the groups from 0."
+            f"group_ids: expected values in 0..{num_groups - 1} ({num_groups} groups), got "
+            f"{low}..{high}. Number the groups from 0."
         )
-    return tokens.clamp(min=1)[groups] * max(tokens.numel(), 1)
 
 
 def stage_entropy_weights(
@@ -163,10 +172,12 @@ def stage_entropy_weights(
     is_tensor = isinstance(coefs, Tensor) and coefs.is_floating_point()
     dtype = coefs.dtype if is_tensor else torch.get_default_dtype()
     ids = stage_ids.reshape(-1)  # [T]
-    stage_coefs = on_device(coefs, ids.device, count_dtype(ids.device)).reshape(-1)  # [S]
+    stage_coefs = on_device("coefs", coefs, ids.device, count_dtype(ids.device)).reshape(-1)  # [S]
     num_stages = stage_coefs.numel()
     _check_stage_ids(ids, num_stages)
-    bounds = on_device(_checked_bounds(cu_seqlens, ids.numel()), ids.device)  # [B + 1]
+    bounds = on_device(
+        "cu_seqlens", _checked_bounds(cu_seqlens, ids.numel()), ids.device
+    )  # [B + 1]
     count, look_up = _torch_counts, _torch_look_up
     if triton_reason(ids.device, stage_coefs.requires_grad) is None:
         from .stage_triton import stage_counts_fwd as count
@@ -262,7 +273,7 @@ def _cell_weights(
 
 
 def _per_stage(argument: str, values: Tensor | Sequence[float], counts: Tensor) -> Tensor:  # [S]
-    tensor = on_device(values, counts.device, counts.dtype).reshape(-1)
+    tensor = on_device(argument, values, counts.device, counts.dtype).reshape(-1)
     if tensor.numel() != counts.shape[1]:
         raise ValueError(
             f"{argument}: expected {counts.shape[1]} values, one per stage, got {tensor.numel()}. "
@@ -290,7 +301,7 @@ def sequence_of_token(
     Raises:
         ValueError: ``cu_seqlens`` does not run from 0 to T without going back (checked on the CPU).
     """
-    bounds = on_device(_checked_bounds(cu_seqlens, num_rows), device)
+    bounds = on_device("cu_seqlens", _checked_bounds(cu_seqlens, num_rows), device)
     return _sequence_of_token(bounds, num_rows), bounds.numel() - 1
 
 
@@ -332,29 +343,4 @@ def count_dtype(device: torch.device) -> torch.dtype:
 
 def at_least_one(count: Count, like: Tensor) -> Tensor:
     """``count`` as a scalar tensor beside ``like``, clamped to 1."""
-    return on_device(count, like.device, like.dtype).clamp(min=1)
-
-
-def on_device(
-    values: Tensor | Sequence[float] | Count,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """``values`` on a device, without waiting for it.
-
-    A copy from ordinary memory of the host waits until all that was queued before is done. So
-    numbers travel as arguments of fill kernels (which a CUDA graph may capture), tensors of the
-    host through pinned memory.
-    """
-    if isinstance(values, Tensor):
-        if device.type == "cuda" and values.device.type == "cpu":
-            return values.to(dtype or values.dtype).pin_memory().to(device, non_blocking=True)
-        return values.to(device=device, dtype=dtype or values.dtype)
-    if device.type != "cuda":
-        return torch.as_tensor(values, dtype=dtype, device=device)
-    if isinstance(values, int | float):
-        return torch.full((), values, dtype=dtype, device=device)
-    filled = torch.empty(len(values), dtype=dtype, device=device)
-    for place, value in zip(filled.unbind(), values, strict=True):
-        place.fill_(value)
-    return filled
+    return on_device("count", count, like.device, like.dtype).clamp(min=1)
