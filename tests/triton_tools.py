@@ -8,13 +8,15 @@ With a device the same tests run the compiled kernels on it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,26 @@ def why_no_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """Functions that are decorated or imported inside are interpreted where there is no device."""
+    asked = os.environ.get(VARIABLE)
+    if not torch.cuda.is_available():
+        os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if asked is not None:
+            os.environ[VARIABLE] = asked
+
+
+def jit(function: Callable) -> Any:
+    """``triton.jit`` for kernels that tests define."""
+    with interpreting():
+        return importlib.import_module("triton").jit(function)
+
+
 def import_interpreted() -> None:
     """Import triton and every ``crpo_kernels.*_triton`` so that their kernels are interpreted.
 
@@ -44,19 +66,13 @@ def import_interpreted() -> None:
             "triton: expected to be imported by tests/conftest.py first, got an earlier import. "
             f"Set {VARIABLE}=1 for the whole run, or load that plugin later."
         )
-    asked = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = "1"
-    try:
+    with interpreting():
         for name in ("triton.language", "triton.experimental.gluon"):  # the latter is loaded late
             importlib.import_module(name)
         package = importlib.import_module("crpo_kernels")
         for module in pkgutil.iter_modules(package.__path__):
             if module.name.endswith("_triton"):
                 importlib.import_module(f"crpo_kernels.{module.name}")
-    finally:
-        os.environ.pop(VARIABLE)
-        if asked is not None:
-            os.environ[VARIABLE] = asked
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
