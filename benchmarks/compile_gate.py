@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 
 from . import farm

@@ -53,7 +53,7 @@ class Job:
     Attributes:
         name: the configuration, for people.
         kernel: a ``triton.jit`` function.
-        arguments: name -> tensor (on "meta"), number, None, or the value of a constexpr.
+        arguments: name -> tensor (without memory will do), number, None, or a constexpr's value.
         meta: num_warps and num_stages.
         streams_rows: its loops must load 128 bits at a time.
         is_objective: no instruction in it may drop a NaN.

@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,35 @@ MATRIX = {
 }
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """What Triton's launcher asks of a tensor: its type, address and extent.
+
+    Attributes:
+        dtype: of the elements.
+        address: bytes from an aligned beginning of the storage; allocators align them.
+        num_bytes: of the storage; AMD addresses small ones in another way.
+    """
+
+    dtype: torch.dtype
+    address: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Pointer:
+        """A tensor's stand-in; the tensor may be fake or on "meta"."""
+        address = tensor.storage_offset() * tensor.element_size()
+        return cls(tensor.dtype, address, tensor.untyped_storage().nbytes())
+
+    def data_ptr(self) -> int:
+        """Of its alignment in bytes."""
+        return self.address
+
+    def ptr_range(self) -> int:
+        """The largest distance in bytes that is addressed from here."""
+        return self.num_bytes
+
+
 def specialise(job: Job, target: Target) -> tuple[ASTSource, dict[str, Any]]:
     """The source with types, constants and hints, and the options, of a launch on ``target``.
 
@@ -53,7 +83,8 @@ def specialise(job: Job, target: Target) -> tuple[ASTSource, dict[str, Any]]:
     backend = make_backend(GPUTarget(target.backend, target.arch, target.warp_size))
     bind = create_function_from_signature(job.kernel.signature, job.kernel.params, backend)
     options = {"debug": False, **job.meta}
-    bound, specialization, given = bind(**job.arguments, **options)
+    arguments = {k: Pointer.of(v) if torch.is_tensor(v) else v for k, v in job.arguments.items()}
+    bound, specialization, given = bind(**arguments, **options)
     parsed, signature, constants, attrs = job.kernel._pack_args(
         backend, options, bound, specialization, given
     )
@@ -166,6 +197,6 @@ def dropped_nans(assembly: str, backend: str) -> Iterator[str]:
                 yield " ".join(match[0].rstrip(" ;").split())
 
 
-def meta_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+def version() -> str:
+    """Triton's."""
+    return triton.__version__

@@ -1,36 +1,211 @@
-"""The launches that the compile gate compiles: real launchers, called with tensors on "meta"."""
+"""What the compile gate compiles: launches of the package's own code, on tensors without memory.
+
+The chunk loop runs on fake tensors inside `recording`, so types, row pitches, offsets of chunks and
+missing arguments are those of real calls. Options meet in pairs: every two settings of two options
+occur together in some call.
+"""
 
 from __future__ import annotations
 
-from itertools import product
+import importlib
+import pkgutil
+from itertools import combinations, product
+from random import Random
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crpo_kernels.spec import KL_ESTIMATORS, POLICIES, RHO_MODES
+import crpo_kernels
+from crpo_kernels import ObjectiveSpec
+from crpo_kernels.chunked import Head, backprop, one_pass, score
+from crpo_kernels.launch_triton import recording
+from crpo_kernels.plan import make_plan
+from crpo_kernels.row_table import Objective
+from crpo_kernels.rows import LogitView
+from crpo_kernels.spec import KL_ESTIMATORS, POLICIES, PRESETS, RHO_MODES, TokenInputs
+from crpo_kernels.terms import Coefficients
 
 from .compile_report import Job
 
+DIM = 1024
+LARGE, ODD = (8192, 151936), (3000, 50257)  # rows, vocabulary; dZ of the first is above 2 GiB
+LEAST_STREAM = 4096  # a vocabulary of less is one or two loads of a program
+WORKSPACE = 1 << 33  # bytes
+OPTIONS: dict[str, tuple] = {
+    "policy": POLICIES,
+    "kl": (None, "unweighted", *KL_ESTIMATORS),
+    "rho": RHO_MODES,
+    "old": (True, False),
+    "entropy": (True, False),
+    "z_loss": (False, True),
+    "bias": (False, True),
+    "softcap": (None, 30.0),
+    "temperature": ("one", "per token"),
+    "dtype": (torch.bfloat16, torch.float16, torch.float32),
+    "shape": (LARGE, ODD),
+}
+
 
 def shipped_jobs() -> list[Job]:
-    """Everything that the package can launch, and the objective by itself."""
-    return [*stage_jobs(), *objective_jobs()]
+    """Everything that the package can launch, and the objective by itself.
+
+    Raises:
+        ValueError: a kernel of the package that none of the calls launches.
+    """
+    jobs = [*stage_jobs(), *objective_jobs()]
+    for settings in [*preset_calls(), *pairwise(OPTIONS), {"shape": (32, 700)}]:
+        with recording() as launches:
+            call_head(**settings)
+        streams = settings["shape"][1] >= LEAST_STREAM
+        name = describe(settings)
+        jobs += [Job(name, x.kernel, x.arguments, x.meta, streams_rows=streams) for x in launches]
+    missing = shipped_kernels() - {job.kernel for job in jobs}
+    if missing:
+        names = sorted(kernel.__name__ for kernel in missing)
+        raise ValueError(
+            f"shipped_calls: expected a call that launches every kernel, got none for {names}. "
+            "Add one to benchmarks/shipped_calls.py."
+        )
+    return jobs
+
+
+def shipped_kernels() -> set:
+    """Every ``*_kernel`` of the package's Triton modules."""
+    found = set()
+    for module in pkgutil.iter_modules(crpo_kernels.__path__):
+        if module.name.endswith("_triton"):
+            members = vars(importlib.import_module(f"crpo_kernels.{module.name}"))
+            found |= {
+                value
+                for name, value in members.items()
+                if name.endswith("_kernel") and not name.startswith("_")
+            }
+    return found
+
+
+def preset_calls() -> list[dict[str, Any]]:
+    """Each preset as it is meant, at the size of a real head."""
+    return [{"preset": name, "shape": LARGE} for name in PRESETS]
+
+
+def pairwise(options: dict[str, tuple]) -> list[dict[str, Any]]:
+    """Few settings in which every two values of two options occur together; always the same."""
+    random = Random(0)
+    names = list(options)
+    missing = {
+        ((a, x), (b, y))
+        for a, b in combinations(names, 2)
+        for x, y in product(options[a], options[b])
+    }
+    chosen = []
+    while missing:
+        candidates = [{name: random.choice(options[name]) for name in names} for _ in range(40)]
+        best = max(candidates, key=lambda settings: len(missing & pairs(settings)))
+        missing -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def pairs(settings: dict[str, Any]) -> set:
+    """The pairs of values that occur together in ``settings``."""
+    return set(combinations(settings.items(), 2))
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """Settings in a few words."""
+    words = []
+    for name, value in settings.items():
+        if value is True:
+            words.append(name)
+        elif name == "shape":
+            words.append("x".join(map(str, value)))
+        elif value not in (None, False, "one"):
+            words.append(str(value).removeprefix("torch."))
+    return " ".join(words)
+
+
+def call_head(
+    shape: tuple[int, int],
+    preset: str | None = None,
+    policy: str = "clip",
+    kl: str | None = None,
+    rho: str | None = None,
+    old: bool = False,
+    entropy: bool = True,
+    z_loss: bool = False,
+    bias: bool = False,
+    softcap: float | None = None,
+    temperature: str = "one",
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Mode A (where the coefficients are known beforehand), then both passes of mode B."""
+    num_rows, vocab_size = shape
+    spec = ObjectiveSpec(policy=policy, rho_mode=rho)
+    if kl in KL_ESTIMATORS:
+        spec = ObjectiveSpec(policy=policy, rho_mode=rho, kl_coef=0.01, kl_estimator=kl)
+    if preset is not None:
+        spec = ObjectiveSpec.preset(preset)
+    with FakeTensorMode():
+
+        def row_values(is_given: bool = True) -> Tensor | None:  # [T]
+            return torch.empty(num_rows) if is_given else None
+
+        labels = torch.empty(num_rows, dtype=torch.int64)
+        inputs = TokenInputs(
+            labels,
+            torch.empty(num_rows),
+            advantages=row_values(spec.policy != "sft"),
+            entropy_weights=row_values(entropy),
+            z_loss_weights=row_values(z_loss),
+            old_logprobs=row_values(old and spec.policy != "gspo"),
+            rollout_logprobs=row_values(rho is not None),
+            ref_logprobs=row_values(kl is not None or spec.kl_coef > 0),
+        )
+        view = LogitView.make(
+            torch.empty(vocab_size) if bias else None,
+            torch.empty(num_rows) if temperature == "per token" else 0.7,
+            1.0,
+            softcap,
+        )
+        hidden = torch.empty(num_rows, DIM, dtype=dtype)
+        weight = torch.empty(vocab_size, DIM, dtype=dtype)
+        run_modes(hidden, weight, view, Objective(spec, inputs, None))
+
+
+def run_modes(hidden: Tensor, weight: Tensor, view: LogitView, objective: Objective) -> None:
+    """All passes of both modes over ``hidden`` ``[T, D]`` and ``weight`` ``[V, D]``."""
+    inputs = objective.inputs
+    plan = make_plan(
+        hidden,
+        weight,
+        hidden.shape[0],
+        backend="triton",
+        mode="one_pass",
+        workspace_bytes=WORKSPACE,
+        needs_weight_grad=True,
+        is_compiled=False,
+    )
+    head = Head(None, inputs.labels, view, plan, True, True, view.bias is not None)
+    one_pass(hidden, weight, head, objective)
+    table, kept = score(hidden, weight, head)
+    values = Coefficients(inputs.token_weights, inputs.entropy_weights, inputs.z_loss_weights)
+    backprop(hidden, weight, head, table.stats(), values, kept)
 
 
 def stage_jobs() -> list[Job]:
     """Stage entropy weights: both integer dtypes, one to many stages."""
-    from crpo_kernels.launch_triton import recording
     from crpo_kernels.stage_triton import stage_counts_fwd, stage_weights_fwd
-
-    from .inspect_triton import meta_tensor
 
     jobs = []
     integers = (torch.int32, torch.int64)
     for ids_dtype, bounds_dtype, num_stages in product(integers, integers, (1, 5, 33)):
-        stage_ids = meta_tensor(100_000, dtype=ids_dtype)
-        cu_seqlens = meta_tensor(65, dtype=bounds_dtype)
+        stage_ids = torch.empty(100_000, dtype=ids_dtype, device="meta")
+        cu_seqlens = torch.empty(65, dtype=bounds_dtype, device="meta")
         with recording() as launches:
             stage_counts_fwd(stage_ids, cu_seqlens, num_stages)
-            stage_weights_fwd(stage_ids, cu_seqlens, meta_tensor(64, num_stages))
+            stage_weights_fwd(stage_ids, cu_seqlens, torch.empty(64, num_stages, device="meta"))
         name = f"ids {ids_dtype}, cu_seqlens {bounds_dtype}, {num_stages} stages"
         jobs += [Job(name.replace("torch.", ""), x.kernel, x.arguments, x.meta) for x in launches]
     return jobs
@@ -38,14 +213,13 @@ def stage_jobs() -> list[Job]:
 
 def objective_jobs() -> list[Job]:
     """The objective compiled alone: every policy term with every KL estimator and rho mode."""
-    from .inspect_triton import meta_tensor
     from .objective_triton import objective_kernel
 
     jobs = []
     for policy, estimator, rho_mode in product(POLICIES, (None, *KL_ESTIMATORS), RHO_MODES):
         arguments = {
-            "values_ptr": meta_tensor(5, 4096),
-            "out_ptr": meta_tensor(4, 4096),
+            "values_ptr": torch.empty(5, 4096, device="meta"),
+            "out_ptr": torch.empty(4, 4096, device="meta"),
             "num_tokens": 4096,
             "clip_low": 0.2,
             "clip_high": 0.28,
