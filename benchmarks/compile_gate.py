@@ -125,9 +125,11 @@ def run(options: argparse.Namespace, command: str) -> int:
         + (f"{len(failed)} failed ({dict(counts)})" if failed else "all pass")
     )
     if options.json:
+        from .inspect_triton import version
+
         found = {
             "command": command,
-            "triton": version("triton"),
+            "triton": version(),
             "python": sys.version.split()[0],
             "rows": rows,
         }

@@ -57,7 +57,7 @@ class Pointer:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Pointer:
         """A tensor's stand-in; the tensor may be fake or on "meta"."""
-        address = tensor.storage_offset() * tensor.element_size()
+        address = int(tensor.storage_offset()) * tensor.element_size()
         return cls(tensor.dtype, address, tensor.untyped_storage().nbytes())
 
     def data_ptr(self) -> int:

@@ -35,17 +35,20 @@ LEAST_STREAM = 4096  # a vocabulary of less is one or two loads of a program
 WORKSPACE = 1 << 33  # bytes
 OPTIONS: dict[str, tuple] = {
     "policy": POLICIES,
-    "kl": (None, "unweighted", *KL_ESTIMATORS),
+    "kl": (None, *KL_ESTIMATORS),
     "rho": RHO_MODES,
     "old": (True, False),
     "entropy": (True, False),
     "z_loss": (False, True),
     "bias": (False, True),
     "softcap": (None, 30.0),
-    "temperature": ("one", "per token"),
+    "temperature": (0.7, "per token"),
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "shape": (LARGE, ODD),
 }
+
+SHARED = ("entropy", "z_loss", "bias", "softcap", "temperature", "dtype", "shape")
+"""What the kernels see of a call in mode B: its loss runs in torch."""
 
 
 def shipped_jobs() -> list[Job]:
@@ -55,7 +58,7 @@ def shipped_jobs() -> list[Job]:
         ValueError: a kernel of the package that none of the calls launches.
     """
     jobs = [*stage_jobs(), *objective_jobs()]
-    for settings in [*preset_calls(), *pairwise(OPTIONS), {"shape": (32, 700)}]:
+    for settings in head_calls():
         with recording() as launches:
             call_head(**settings)
         streams = settings["shape"][1] >= LEAST_STREAM
@@ -85,9 +88,17 @@ def shipped_kernels() -> set:
     return found
 
 
-def preset_calls() -> list[dict[str, Any]]:
-    """Each preset as it is meant, at the size of a real head."""
-    return [{"preset": name, "shape": LARGE} for name in PRESETS]
+def head_calls() -> list[dict[str, Any]]:
+    """Presets as they are meant at the size of a real head, options in pairs, a tiny vocabulary."""
+    presets = [{"preset": name, "shape": LARGE} for name in PRESETS]
+    shared = {name: OPTIONS[name] for name in SHARED}
+    watched: dict[str, Any] = {"kl": "unweighted", "shape": LARGE}  # a reference, but kl_coef = 0
+    tiny: dict[str, Any] = {"shape": (32, 700)}
+    calls: dict[str, list[dict[str, Any]]] = {
+        "one_pass": [*presets, watched, *pairwise(OPTIONS), tiny],
+        "two_pass": [*pairwise(shared), tiny],
+    }
+    return [{"mode": mode, **call} for mode, rows in calls.items() for call in rows]
 
 
 def pairwise(options: dict[str, tuple]) -> list[dict[str, Any]]:
@@ -101,7 +112,7 @@ def pairwise(options: dict[str, tuple]) -> list[dict[str, Any]]:
     }
     chosen = []
     while missing:
-        candidates = [{name: random.choice(options[name]) for name in names} for _ in range(40)]
+        candidates = [{name: random.choice(options[name]) for name in names} for _ in range(2000)]
         best = max(candidates, key=lambda settings: len(missing & pairs(settings)))
         missing -= pairs(best)
         chosen.append(best)
@@ -121,12 +132,15 @@ def describe(settings: dict[str, Any]) -> str:
             words.append(name)
         elif name == "shape":
             words.append("x".join(map(str, value)))
-        elif value not in (None, False, "one"):
+        elif name in ("softcap", "temperature") and value is not None:
+            words.append(f"{name} {value}")
+        elif value not in (None, False):
             words.append(str(value).removeprefix("torch."))
     return " ".join(words)
 
 
 def call_head(
+    mode: str,
     shape: tuple[int, int],
     preset: str | None = None,
     policy: str = "clip",
@@ -137,10 +151,10 @@ def call_head(
     z_loss: bool = False,
     bias: bool = False,
     softcap: float | None = None,
-    temperature: str = "one",
+    temperature: float | str = 0.7,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Mode A (where the coefficients are known beforehand), then both passes of mode B."""
+    """The launches of one call with gradients; arguments as in OPTIONS."""
     num_rows, vocab_size = shape
     spec = ObjectiveSpec(policy=policy, rho_mode=rho)
     if kl in KL_ESTIMATORS:
@@ -165,30 +179,34 @@ def call_head(
         )
         view = LogitView.make(
             torch.empty(vocab_size) if bias else None,
-            torch.empty(num_rows) if temperature == "per token" else 0.7,
+            torch.empty(num_rows) if isinstance(temperature, str) else temperature,
             1.0,
             softcap,
         )
         hidden = torch.empty(num_rows, DIM, dtype=dtype)
         weight = torch.empty(vocab_size, DIM, dtype=dtype)
-        run_modes(hidden, weight, view, Objective(spec, inputs, None))
+        run_mode(mode, hidden, weight, view, Objective(spec, inputs, None))
 
 
-def run_modes(hidden: Tensor, weight: Tensor, view: LogitView, objective: Objective) -> None:
-    """All passes of both modes over ``hidden`` ``[T, D]`` and ``weight`` ``[V, D]``."""
+def run_mode(
+    mode: str, hidden: Tensor, weight: Tensor, view: LogitView, objective: Objective
+) -> None:
+    """All passes of a mode over ``hidden`` ``[T, D]`` and ``weight`` ``[V, D]``."""
     inputs = objective.inputs
     plan = make_plan(
         hidden,
         weight,
         hidden.shape[0],
         backend="triton",
-        mode="one_pass",
+        mode=mode,
         workspace_bytes=WORKSPACE,
         needs_weight_grad=True,
         is_compiled=False,
     )
     head = Head(None, inputs.labels, view, plan, True, True, view.bias is not None)
-    one_pass(hidden, weight, head, objective)
+    if mode == "one_pass":
+        one_pass(hidden, weight, head, objective)
+        return
     table, kept = score(hidden, weight, head)
     values = Coefficients(inputs.token_weights, inputs.entropy_weights, inputs.z_loss_weights)
     backprop(hidden, weight, head, table.stats(), values, kept)
@@ -200,7 +218,7 @@ def stage_jobs() -> list[Job]:
 
     jobs = []
     integers = (torch.int32, torch.int64)
-    for ids_dtype, bounds_dtype, num_stages in product(integers, integers, (1, 5, 33)):
+    for ids_dtype, bounds_dtype, num_stages in product(integers, integers, (5, 33)):
         stage_ids = torch.empty(100_000, dtype=ids_dtype, device="meta")
         cu_seqlens = torch.empty(65, dtype=bounds_dtype, device="meta")
         with recording() as launches:

@@ -11,14 +11,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from itertools import combinations, product
 
 import pytest
 
 from benchmarks import farm
 from benchmarks.compile_report import TARGETS, Job, Report, problems
 from conftest import ROOT
+from crpo_kernels.spec import PRESETS
 
 
 def missing_tools() -> str | None:
@@ -117,13 +118,55 @@ def fresh_cache():
 
 
 def test_shipped_kernels_pass(compile_gate):
-    start = time.perf_counter()
     status, rows, printed = compile_gate()
     assert status == 0, printed
     assert {row["target"] for row in rows} == set(TARGETS)
     objective = [row for row in rows if row["kernel"] == "objective_kernel"]
     assert len(objective) == 48 * len(TARGETS)  # 4 policy terms, 4 kl, 3 rho
-    print(f"{len(rows)} compilations in {time.perf_counter() - start:.0f} s")
+    kernels = ("row_stats_fwd_kernel", "row_grad_fwd_kernel", "stage_counts_fwd_kernel")
+    for kernel in kernels:
+        assert {row["target"] for row in rows if row["kernel"] == kernel} == set(TARGETS)
+    streams = [row for row in rows if row["kernel"].startswith("row_") and "32x700" not in str(row)]
+    assert all(size >= 16 for row in streams for size in row["load_bytes"]), "all, not only one"
+    assert {row["num_loops_wide"] for row in streams} == {1}
+
+
+def test_shipped_calls_cover_every_pair_of_options():
+    from benchmarks import shipped_calls
+
+    calls = shipped_calls.head_calls()
+    for mode, names in (
+        ("one_pass", list(shipped_calls.OPTIONS)),
+        ("two_pass", shipped_calls.SHARED),
+    ):
+        seen = {
+            ((a, call[a]), (b, call[b]))
+            for call in calls
+            for a, b in combinations(names, 2)
+            if call["mode"] == mode and a in call and b in call
+        }
+        assert seen >= {
+            ((a, x), (b, y))
+            for a, b in combinations(names, 2)
+            for x, y in product(shipped_calls.OPTIONS[a], shipped_calls.OPTIONS[b])
+        }
+    assert {call.get("preset") for call in calls} == {None, *PRESETS}
+    assert calls == shipped_calls.head_calls()
+
+
+def test_a_kernel_that_no_call_launches_is_named(monkeypatch):
+    from benchmarks import shipped_calls
+
+    names = {kernel.__name__ for kernel in shipped_calls.shipped_kernels()}
+    assert {"row_stats_fwd_kernel", "row_grad_fwd_kernel", "stage_weights_fwd_kernel"} <= names
+    monkeypatch.setattr(shipped_calls, "stage_jobs", list)
+    monkeypatch.setattr(
+        shipped_calls, "head_calls", lambda: [{"mode": "one_pass", "shape": (32, 700)}]
+    )
+    with pytest.raises(
+        ValueError, match=r"got none for .*'stage_counts_fwd_kernel', 'stage_weights"
+    ):
+        shipped_calls.shipped_jobs()
 
 
 REPORT = Report("k", "c", "sm_80", registers=32, load_bytes=(16,), num_loops=1, num_loops_wide=1)
