@@ -15,13 +15,14 @@ from crpo_fast.batch import SamplingParams
 from crpo_fast.checkpoint_files import whole_folder
 from crpo_fast.config import Config, ConfigError
 from crpo_fast.distributed import World
+from crpo_fast.loss import kernel_options
 from crpo_fast.policy import Policy
 from crpo_fast.reward_pool import Scorer
 from crpo_fast.rollout import Engine
 from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.static import StaticEngine
 from crpo_fast.task import Rows, Task, build_grammar, build_task, check_written, load_rows
-from crpo_kernels import unsupported_reason
+from crpo_kernels import explain_choice, unsupported_reason
 
 ENGINES = {"hf": HFEngine, "static": StaticEngine}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -96,6 +97,30 @@ def check_loss_backend(config: Config, device: torch.device) -> None:
         )
 
 
+def check_workspace(config: Config, model: Any, device: torch.device) -> None:
+    """The loss can work within ``train.workspace_mib``.
+
+    Raises:
+        ConfigError: it cannot, with what one row needs.
+    """
+    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+    try:
+        explain_choice(
+            num_rows=1,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            dtype=DTYPES[config.model.compute_dtype],
+            device=device,
+            **kernel_options(config),
+        )
+    except ValueError as error:
+        what = str(error).partition(" Pass workspace_bytes")[0]  # advice for Python
+        raise ConfigError(
+            f"train.workspace_mib: {config.train.workspace_mib} MiB is too little. {what} Leave "
+            "--train.workspace_mib out for the default."
+        ) from error
+
+
 def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = None) -> Session:
     """Load or build everything; files are written by rank 0 alone.
 
@@ -122,6 +147,7 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
         activation_checkpointing=config.model.activation_checkpointing,
         freeze_head=config.model.freeze_head,
     )
+    check_workspace(config, model, world.device)
     task = build_task(config, rows, tokenizer, scorer)
     check_written(task, config.train.token_budget)
     return Session(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 import crpo_kernels as ck
 from benchmarks.memory import LiveBytes
-from crpo_kernels.plan import make_plan
+from crpo_kernels.plan import BYTES_OF_VECTORS, make_plan
 from crpo_kernels.spec import ObjectiveSpec
+from triton_tools import why_no_triton
+
+needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 
 
 def extra_bytes(num_rows, vocab, dim, dtype, *, ignored=False, frozen=False, **options):
@@ -73,6 +78,44 @@ def test_a_frozen_head_keeps_no_gradient_factors():
     assert frozen < 1024 * 3000 * 4 * 1.6 + 3 * gradients
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("torch", torch.float32),
+        ("torch", torch.bfloat16),
+        ("torch", torch.float64),
+        pytest.param("triton", torch.float32, marks=needs_triton),
+    ],
+)
+@pytest.mark.parametrize("function", ["loss", "logprobs"])
+def test_the_smallest_workspace_works_row_by_row_and_one_byte_less_is_refused(
+    backend, dtype, function
+):
+    num_rows, vocab, dim = 6, 700, 16
+    hidden, weight = torch.randn(num_rows, dim).to(dtype), torch.randn(vocab, dim).to(dtype)
+    labels = torch.arange(num_rows)
+
+    def call(**options):
+        if function == "logprobs":
+            return ck.linear_logprobs(hidden, weight, labels, **options).entropy
+        options |= {"token_weights": torch.ones(num_rows), "spec": ObjectiveSpec("sft")}
+        return ck.linear_policy_loss(hidden, weight, labels, **options)[0]
+
+    with pytest.raises(ValueError, match=r"workspace_bytes: .* got 1\. Pass") as refusal:
+        call(backend=backend, workspace_bytes=1)
+    least = int(re.search(r"expected at least (\d+)", str(refusal.value))[1])
+    assert vocab * hidden.element_size() < least < 4 * vocab * 8
+    with pytest.raises(ValueError, match=f"at least {least}, .* got {least - 1}"):
+        call(backend=backend, workspace_bytes=least - 1)
+    found = call(backend=backend, workspace_bytes=least)
+    torch.testing.assert_close(found, call(backend="dense"), rtol=2e-2, atol=1e-5)
+    if function == "loss" and backend == "torch":
+        options = {"backend": backend, "workspace_bytes": least}
+        peak, gradients, accumulator = extra_bytes(num_rows, vocab, dim, dtype, **options)
+        vectors = BYTES_OF_VECTORS * num_rows
+        assert peak <= least + vectors + gradients + accumulator * hidden.element_size() / 4 * 2
+
+
 @pytest.mark.parametrize("needs_weight_grad", [True, False])
 def test_chunks_follow_the_bound_of_the_design(needs_weight_grad):
     def rows(num_rows, vocab, dim, dtype=torch.bfloat16, workspace=None):
@@ -90,5 +133,7 @@ def test_chunks_follow_the_bound_of_the_design(needs_weight_grad):
     assert rows(2048, 151936, 1024) == 2048  # one chunk: 622 MB of bf16 within 1 GiB
     assert rows(100_000, 1000, 4096) <= (8192 if needs_weight_grad else 2048)
     assert rows(100_000, 1000, 64, torch.float32) <= 1024
-    assert rows(10, 1000, 64, workspace=1) == 1  # never less than a row
+    with pytest.raises(ValueError, match=r"workspace_bytes: expected at least 10512, .* got 10511"):
+        rows(10, 1000, 64, workspace=10_511)
+    assert rows(10, 1000, 64, workspace=10_512) == 1
     assert rows(0, 1000, 64) == 1

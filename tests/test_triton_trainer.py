@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from crpo_fast.config import Config, ConfigError, parse_arguments
 from crpo_fast.distributed import World
 from crpo_fast.live_bytes import local
 from crpo_fast.loss import LossSpec, micro_batch_loss
-from crpo_fast.session import check_loss_backend
+from crpo_fast.session import check_loss_backend, check_workspace
 from crpo_fast.step import micro_batches
 from plan_worker import RealStep
 from triton_tools import why_no_triton
@@ -139,6 +140,19 @@ def test_probes_and_passes_without_gradients_take_the_configured_backend(
     assert train.main([TINY, "--run.dir", str(tmp_path / "r"), *arguments]) == 0
     assert {name for name, _, _ in asked} == {"crpo_fast.probes", "crpo_fast.policy"}
     assert {(backend, size) for _, backend, size in asked} == {("torch", 3 * 2**20)}
+
+
+def test_a_workspace_smaller_than_a_row_is_refused(alone: World) -> None:
+    config = parse_arguments([TINY, "--train.workspace_mib", "1"])
+    head = torch.nn.Embedding(1, 16)
+    head.weight = torch.nn.Parameter(torch.empty(200_000, 16, device="meta"))
+    model = SimpleNamespace(get_output_embeddings=lambda: head)
+    with pytest.raises(
+        ConfigError,
+        match=r"train\.workspace_mib: 1 MiB is too little\. workspace_bytes: expected at least "
+        r"2400192, .* got 1048576\. Leave --train\.workspace_mib out",
+    ):
+        check_workspace(config, model, torch.device("cpu"))
 
 
 def test_a_backend_that_cannot_run_is_refused_before_anything_loads(

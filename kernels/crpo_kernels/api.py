@@ -23,8 +23,9 @@ Both take the head the same way:
     mode             "one_pass": gradients are made while a chunk's logits are hot (6NVD work).
                      "two_pass": after the statistics of all rows (8NVD; 6NVD within the workspace).
                      "auto": one_pass wherever the coefficients are known before the head runs
-    workspace_bytes  bound on logits, gradient factors and scratch together (at least one row); a
-                     fp32 d_weight that accumulates counts as a gradient. None: 1 GiB on a CPU
+    workspace_bytes  bound on logits, gradient factors and scratch together, refused below what one
+                     row needs; a fp32 d_weight that accumulates counts as a gradient. None: 1 GiB
+                     on a CPU, 4 V D bytes and 1024 fp32 rows on a GPU, or half of what is free
     process_group, vocab_start   vocabulary-parallel heads; not implemented
 
 Results are fp32 (fp64 for fp64 inputs). On a CPU bf16 products are rounded to bf16, as in any bf16

@@ -70,9 +70,19 @@ def make_plan(
 ) -> Plan:
     """Choose chunk sizes so that logits, gradient factors and scratch stay within the workspace.
 
-    A workspace too small for one row gets one row.
+    Raises:
+        ValueError: the workspace is too small for one row.
     """
-    workspace = default_workspace(weight) if workspace_bytes is None else workspace_bytes
+    least = one_row_bytes(hidden, weight, backend)
+    workspace = (
+        max(least, default_workspace(weight)) if workspace_bytes is None else workspace_bytes
+    )
+    if workspace < least:
+        raise ValueError(
+            f"workspace_bytes: expected at least {least}, which one row of V = {weight.shape[0]} "
+            f"logits, its gradient and scratch need, got {workspace_bytes}. Pass "
+            f"workspace_bytes={least} or more, or None for the default."
+        )
     vocab_size, dim = max(weight.shape[0], 1), weight.shape[1]
     item, stats_item = hidden.element_size(), 8 if hidden.dtype == torch.float64 else 4
     block_rows = min(BLOCK_ELEMENTS // vocab_size, workspace // 8 // (2 * vocab_size * stats_item))
@@ -98,6 +108,16 @@ def make_plan(
         num_chunks = max(1, -(-num_rows // most))
         chunk_rows = group_rows = max(1, -(-num_rows // num_chunks))
     return Plan(backend, mode, chunk_rows, group_rows, block_rows, slab_rows, is_compiled)
+
+
+def one_row_bytes(hidden: Tensor, weight: Tensor, backend: str) -> int:
+    """What a call needs that works on one row at a time, its vectors of one value a row apart."""
+    vocab_size, dim = max(weight.shape[0], 1), weight.shape[1]
+    item, stats_item = hidden.element_size(), 8 if hidden.dtype == torch.float64 else 4
+    block = 0 if backend == "triton" else 2 * vocab_size * stats_item
+    if is_separate(hidden, backend):
+        return block + (4 + item) * padded(vocab_size) + (2 * item + 4) * dim
+    return block + vocab_size * item + (2 * item + stats_item) * dim
 
 
 def ring_sizes(num_rows: int, available: int, row: RowBytes, most_kept: int) -> tuple[int, int]:
