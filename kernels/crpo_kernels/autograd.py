@@ -71,7 +71,7 @@ class OnePassLoss(torch.autograd.Function):
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Mode B. Keeps the statistics, and the raw products where one chunk holds all rows."""
+    """Mode B. Keeps the statistics, and the exponentials (or logits) of all rows where they fit."""
 
     @staticmethod
     def forward(
@@ -82,10 +82,10 @@ class ChunkedLogprobs(torch.autograd.Function):
         head: Head,
     ) -> tuple[Tensor, ...]:  # [n] each
         """(logprobs, entropy, lse, is_top1) of the counted rows."""
-        table, raw = score(hidden, weight, head)
+        table, kept = score(hidden, weight, head)
         stats = table.stats()
         ctx.save_for_backward(hidden, weight, *stats)
-        ctx.kept_raw, ctx.head = raw, head
+        ctx.kept, ctx.head = kept, head
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         outputs = tuple(table.column(name).clone() for name in OUTPUTS)
@@ -95,14 +95,14 @@ class ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        """Rows' gradients from the kept products the first time, recomputed after that."""
+        """Rows' gradients from what was kept the first time, recomputed after that."""
         hidden, weight, *values = ctx.saved_tensors
         stats = RowStats(*values)
         g, q, l = grads[:3]  # noqa: E741
         if g is None:
             g = torch.zeros_like(stats.logprobs)
-        raw, ctx.kept_raw = ctx.kept_raw, None  # overwritten below
-        gradients = backprop(hidden, weight, ctx.head, stats, Coefficients(g, q, l), raw)
+        kept, ctx.kept = ctx.kept, None  # overwritten below
+        gradients = backprop(hidden, weight, ctx.head, stats, Coefficients(g, q, l), kept)
         one = torch.ones((), dtype=stats.logprobs.dtype, device=hidden.device)
         d_weight, d_bias = None, gradients.d_bias
         if ctx.head.needs_weight:

@@ -130,8 +130,9 @@ class HeadCall:
             workspace_bytes=workspace_bytes,
             needs_weight_grad=self.needs(self.weight),
             is_compiled=eager_reason is None and choice.name == "torch",
+            needs_grad=self.needs_any,
         )
-        log_choice(plan, choice, self.labels.numel(), one_pass_reason, eager_reason)
+        log_choice(plan, choice, one_pass_reason, eager_reason)
         self.head = Head(
             rows=self.rows,
             labels=self.labels,

@@ -6,8 +6,9 @@
                one group:   keep dZ, and d_weight = dZ^T (hidden * grad_out) is one product in
                             backward
                several:     d_weight accumulates over the groups in fp32
-    two_pass   score:  Z, stats for each chunk          (Z of a single chunk in place is kept)
-               backprop:  Z again, dZ, d_hidden, d_weight as above
+    two_pass   score:  Z, stats for each chunk; kept are E = e^(z - m) of all rows where they fit
+                       (on a CPU Z of a single chunk)
+               backprop:  Z again, dZ (or dZ from what was kept, in place), d_hidden, d_weight
 
 Shapes: T rows of ``hidden``, n <= T counted rows. ``rows`` ``[n]`` are the indices of the counted
 rows, None when all count; everything else per token is already compact, ``[n]``. `plan` says C and
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .plan import PRODUCT_ROWS, Plan, is_separate, padded, raw_dtype
 from .products import add_product, product
-from .row_table import OUTPUTS, SUMS, Objective, RowTable, RowWork
+from .row_table import OUTPUTS, SUMS, ExpWork, Objective, RowTable, RowWork
 from .rows import LogitView, RowStats
 from .rows_compiled import CompiledRows
 from .rows_torch import EagerRows
@@ -76,18 +77,19 @@ class Chunks:
     """The buffers of one call and the products around the row work."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, head: Head, kept_raw: Tensor | None = None
+        self, hidden: Tensor, weight: Tensor, head: Head, kept: Tensor | None = None
     ) -> None:
         self.hidden, self.weight, self.head = hidden, weight, head
         self.num_rows, plan = head.labels.numel(), head.plan
-        self.is_kept = kept_raw is not None
+        self.is_kept = kept is not None
         size = min(plan.chunk_rows, self.num_rows)
         self.is_separate = is_separate(hidden, plan.backend)
-        if kept_raw is None:
-            kept_raw = self._buffer(size, raw_dtype(hidden, plan.backend))
-        self.raw = kept_raw  # [C, V]
+        self.has_exps = self.is_kept and self.is_separate
+        if kept is None:
+            kept = self._buffer(size, raw_dtype(hidden, plan.backend))
+        self.raw = kept  # [C, V]; of all rows where it was kept
         self.d_raw = self.raw  # [G, V]
-        if self.is_separate and head.needs_any:
+        if self.is_separate and head.needs_any and not self.is_kept:
             self.d_raw = self._buffer(min(plan.group_rows, self.num_rows), hidden.dtype)
         self.work = self._row_work(size)
 
@@ -100,7 +102,7 @@ class Chunks:
     def _row_work(self, size: int) -> RowWork:
         plan, dtype = self.head.plan, stats_dtype(self.hidden)
         if plan.backend == "triton":
-            from .rows_triton import TritonRows  # needs triton
+            from .work_triton import TritonRows  # needs triton
 
             return TritonRows()
         if plan.is_compiled:
@@ -111,6 +113,9 @@ class Chunks:
     def groups(self) -> Iterator[list[slice]]:
         """The chunks of each group, as slices of the counted rows."""
         plan = self.head.plan
+        if self.is_kept and self.num_rows:
+            yield [slice(0, self.num_rows)]
+            return
         for start in range(0, self.num_rows, plan.group_rows):
             stop = min(start + plan.group_rows, self.num_rows)
             firsts = range(start, stop, plan.chunk_rows)
@@ -149,20 +154,41 @@ class Chunks:
     ) -> None:
         """The gradient of a chunk's raw products, into the rows of its group from ``first`` on."""
         d_raw = self.d_raw[rows.start - first : rows.stop - first]
-        self.work.grad_(raw, d_raw, self.head.labels[rows], self.view_of(rows), stats, coefficients)
+        labels, view = self.head.labels[rows], self.view_of(rows)
+        if self.has_exps:
+            self._exp_work().grad_of_exps_(raw, labels, view, stats, coefficients)
+        else:
+            self.work.grad_(raw, d_raw, labels, view, stats, coefficients)
+
+    def new_exps(self) -> Tensor:  # [n, V]
+        """Room for the exponentials of all rows, where dZ will be written over them."""
+        return self._buffer(self.num_rows, self.hidden.dtype)
+
+    def put_exps(self, rows: slice, raw: Tensor, exps: Tensor, table: RowTable) -> None:
+        """The exponentials of a chunk whose statistics are in the table, into ``exps``."""
+        maximum = table.column("maximum", rows)
+        self._exp_work().put_exps(raw, exps[rows], self.view_of(rows), maximum)
+
+    def _exp_work(self) -> ExpWork:
+        assert isinstance(self.work, ExpWork), "planned for a backend that keeps no exponentials"
+        return self.work
 
 
 def score(hidden: Tensor, weight: Tensor, head: Head) -> tuple[RowTable, Tensor | None]:
-    """Statistics of all counted rows ``[n]``, and the raw products if one chunk held them all."""
+    """Statistics of all counted rows ``[n]``, and what the plan keeps for their gradient."""
     reads = replace(head, needs_hidden=False, needs_weight=False, needs_bias=False)
     chunks = Chunks(hidden, weight, reads)
     table = RowTable((*SUMS, *OUTPUTS), chunks.num_rows, hidden, stats_dtype(hidden))
+    kept = head.plan.kept if head.needs_any and chunks.num_rows else None
+    exps = chunks.new_exps() if kept == "exps" else None
     with without_autocast(hidden), torch.no_grad():
         for group in chunks.groups():
             for rows in group:
-                chunks.put_stats(rows, chunks.logits(rows), table)
-    is_single = 0 < chunks.num_rows <= head.plan.chunk_rows
-    return table, chunks.raw if is_single and not chunks.is_separate else None
+                raw = chunks.logits(rows)
+                chunks.put_stats(rows, raw, table)
+                if exps is not None:
+                    chunks.put_exps(rows, raw, exps, table)
+    return table, chunks.raw if kept == "logits" else exps
 
 
 def one_pass(
@@ -188,7 +214,7 @@ def backprop(
     head: Head,
     stats: RowStats,  # of [n]
     coefficients: Coefficients,  # of [n]
-    kept_raw: Tensor | None,  # [n, V], overwritten
+    kept: Tensor | None,  # [n, V] as `score` left it, overwritten
 ) -> Gradients:
     """Mode B's second pass: gradients of all rows from known statistics and coefficients."""
 
@@ -196,7 +222,7 @@ def backprop(
         return stats.take(rows), coefficients.take(rows)
 
     with without_autocast(hidden), torch.no_grad():
-        return _run(Chunks(hidden, weight, head, kept_raw), take)
+        return _run(Chunks(hidden, weight, head, kept), take)
 
 
 def _run(

@@ -7,7 +7,8 @@ backend   triton     CUDA and ROCm (a CPU in Triton's interpreter): chunks of ro
 mode      one_pass   gradients are made while a chunk's logits are hot; 6NVD operations. Needs
                      every coefficient before the head runs.
           two_pass   statistics first, any loss on them, then gradients; 8NVD, or 6NVD where
-                     the logits of all rows fit the workspace and are kept.
+                     e^(z - m) of all rows (torch on a CPU: the logits) fits the workspace and is
+                     kept: a product with the weight costs more than writing and reading it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ logger = logging.getLogger("crpo_kernels")
 
 BACKENDS = ("auto", "triton", "torch", "dense")
 MODES = ("auto", "one_pass", "two_pass")
+_KEPT = {
+    None: "the logits are computed again for the gradient",
+    "logits": "the logits of all rows fit the workspace and are kept",
+    "exps": "the exponentials of all rows fit the workspace and are kept",
+}
 
 
 class BackendChoice(NamedTuple):
@@ -111,30 +117,27 @@ def choose_mode(mode: str, reason: str | None) -> str:
 
 
 def log_choice(
-    plan: Plan, backend: BackendChoice, num_rows: int, reason: str | None, eager_reason: str | None
+    plan: Plan, backend: BackendChoice, reason: str | None, eager_reason: str | None
 ) -> None:
     """Log each choice once per process, with its reason."""
     if backend.reason != "asked for":
         _log_once(f"backend auto: {backend.name} ({backend.reason})")
-    _log_once(f"backend {plan.backend}, {mode_reason(plan, num_rows, reason)}")
+    _log_once(f"backend {plan.backend}, {mode_reason(plan, reason)}")
     if plan.backend == "torch":
         _log_once(rows_reason(eager_reason))
 
 
-def mode_reason(plan: Plan, num_rows: int, reason: str | None) -> str:
+def mode_reason(plan: Plan, reason: str | None) -> str:
     """The mode and why.
 
     Args:
         plan: what was chosen.
-        num_rows: counted tokens.
         reason: why one_pass cannot run, if it cannot.
     """
     if plan.mode == "one_pass":
         why = "the coefficients are known before the head runs"
-    elif plan.chunk_rows >= num_rows:
-        why = f"{reason or 'asked for'}; the logits of all rows fit the workspace and are kept"
     else:
-        why = f"{reason or 'asked for'}; the logits are computed again for the gradient"
+        why = f"{reason or 'asked for'}; {_KEPT[plan.kept]}"
     return f"mode {plan.mode}: {why}"
 
 

@@ -57,7 +57,7 @@ def explain_choice(
         needs_weight_grad=True,
         is_compiled=eager_reason is None and choice.name == "torch",
     )
-    mode_text = mode_reason(plan, num_rows, why_not)
+    mode_text = mode_reason(plan, why_not)
     passes = rows_reason(eager_reason)
     if choice.name != "torch":
         passes = {"triton": "row passes by Triton kernels", "dense": "all logits at once"}[

@@ -7,7 +7,7 @@ scattered back to ``[T]`` with one copy of the whole table.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -97,3 +97,27 @@ class RowWork(Protocol):
         coefficients: Coefficients,
     ) -> None:
         """Write d loss / d raw."""
+
+
+@runtime_checkable
+class ExpWork(RowWork, Protocol):
+    """Row work that can keep e^(z - m) instead of logits."""
+
+    def put_exps(
+        self,
+        raw: Tensor,  # [C, V]
+        exps: Tensor,  # [C, V] written
+        view: LogitView,
+        maximum: Tensor,  # [C]
+    ) -> None:
+        """Write e^(z - m)."""
+
+    def grad_of_exps_(
+        self,
+        exps: Tensor,  # [C, V] from e^(z - m) to d loss / d raw
+        labels: Tensor,  # [C]
+        view: LogitView,
+        stats: RowStats,
+        coefficients: Coefficients,
+    ) -> None:
+        """Turn exponentials into d loss / d raw in place."""

@@ -4,6 +4,7 @@
                 epilogue on the row's scalars: logprob, entropy, lse, and the whole objective:
                 ratio, clip, KL, rho, token and stage entropy weight -> loss, g, l, statistics
     row_grad    d_raw_j = p_j (a - q (z_j - m)) slope (1 - tanh^2),  g (1 - p_y) ... at y
+                from raw products, or from e^(z-m) that `exps_triton` kept
 
 Formulas as in `rows_torch`; the objective is `objective`'s own code (`twin_triton`). m, s and t are
 kept per lane and joined once a row: with x = z - m, one exponential w = e^-|x| serves both cases,
@@ -11,9 +12,10 @@ kept per lane and joined once a row: with x = z - m, one exponential w = e^-|x| 
     x <= 0:  s += w,  t += w x             x > 0:  s = s w + 1,  t = w (t - x s),  m = z
 
 and starts from the finite -1e30, so that no inf - inf can appear. Full tiles load without a mask
-(masked loads are not vectorised), the last one with. `row_grad` writes to another buffer: in place,
-a thread's bf16 store would hit bytes that another has not loaded yet. Rows are addressed in int64:
-row * V passes 2^31 at 14 134 rows of V = 151 936. Nothing is atomic: results repeat bit by bit.
+(masked loads are not vectorised), the last one with. From fp32 products `row_grad` writes to
+another buffer: in place, a thread's bf16 store would hit bytes that another has not loaded yet.
+Rows are addressed in int64: row * V passes 2^31 at 14 134 rows of V = 151 936. Nothing is atomic:
+results repeat bit by bit.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from .row_table import COLUMNS, RowTable
 from .terms import Coefficients
 
 if TYPE_CHECKING:
-    from .row_table import Objective
     from .rows import LogitView, RowStats
     from .spec import ObjectiveSpec, TokenInputs
 
@@ -162,13 +163,23 @@ def row_stats_kernel(
 
 
 @triton.jit
-def _gradient(z, maximum, log_sum, a, q, slope, inner, outer):
-    """D loss / d raw of one tile of a row, but for the label."""
-    shifted = z - maximum
+def _gradient(
+    x, bias, maximum, log_sum, a, q, slope, inner, outer, IS_EXP: tl.constexpr
+):  # fmt: skip
+    """D loss / d raw of one tile of a row, but for the label; ``x`` as in `row_grad_kernel`."""
+    if IS_EXP:
+        e = x.to(tl.float32)
+        shifted = tl.log(tl.where(e > 0, e, 1.0))  # finite where e underflowed: p is 0 there
+        z = maximum + shifted
+        p = e * tl.exp(-log_sum)
+    else:
+        z = logits_of(x, bias, inner, outer)
+        shifted = z - maximum
+        p = tl.exp(shifted - log_sum)
     dz = a
     if q is not None:
         dz = a - q * shifted
-    dz = tl.exp(shifted - log_sum) * dz * slope
+    dz = p * dz * slope
     if inner is not None:
         tanh = z / outer
         dz *= 1.0 - tanh * tanh
@@ -177,7 +188,7 @@ def _gradient(z, maximum, log_sum, a, q, slope, inner, outer):
 
 @triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def row_grad_kernel(
-    raw_ptr,  # [C, V] fp32
+    raw_ptr,  # [C, V] fp32 raw products; with IS_EXP e^(z - m), and the same pointer as d_raw
     stride_raw,
     d_raw_ptr,  # [C, V] bf16, fp16 or fp32, written
     stride_d_raw,
@@ -194,6 +205,7 @@ def row_grad_kernel(
     d_logprobs_ptr,
     d_entropy_ptr,  # or None
     d_lse_ptr,  # or None
+    IS_EXP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """The gradient of one row of raw products from its statistics and g, q, l."""
@@ -229,8 +241,7 @@ def row_grad_kernel(
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + start + offs_v)
-        z = logits_of(raw, bias, inner, outer)
-        dz = _gradient(z, maximum, log_sum, a, q, slope, inner, outer)
+        dz = _gradient(raw, bias, maximum, log_sum, a, q, slope, inner, outer, IS_EXP)
         dz = tl.where(start + offs_v == label, label_grad, dz)
         tl.store(d_raw_ptr + start + offs_v, dz.to(d_raw_ptr.dtype.element_ty))
     if num_full < vocab_size:
@@ -239,13 +250,12 @@ def row_grad_kernel(
         bias = None
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + num_full + offs_v, mask=mask_v, other=0.0)
-        z = logits_of(raw, bias, inner, outer)
-        dz = _gradient(z, maximum, log_sum, a, q, slope, inner, outer)
+        dz = _gradient(raw, bias, maximum, log_sum, a, q, slope, inner, outer, IS_EXP)
         dz = tl.where(num_full + offs_v == label, label_grad, dz)
         tl.store(d_raw_ptr + num_full + offs_v, dz.to(d_raw_ptr.dtype.element_ty), mask=mask_v)
 
 
-def _block(vocab_size: int) -> dict[str, int]:
+def block(vocab_size: int) -> dict[str, int]:
     """The tile of a row: no wider than a small vocabulary needs."""
     return {"BLOCK_V": min(BLOCK_V, max(16, 1 << (vocab_size - 1).bit_length()))}
 
@@ -255,7 +265,8 @@ def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _view_arguments(view: LogitView) -> dict[str, Any]:
+def view_arguments(view: LogitView) -> dict[str, Any]:
+    """What a kernel needs for `logits_triton.logits_of`."""
     outer = view.outer
     column = outer.contiguous() if isinstance(outer, Tensor) else None
     return {
@@ -285,7 +296,7 @@ def row_stats(
         "raw_ptr": raw,
         "stride_raw": raw.stride(0),
         "labels_ptr": labels.contiguous(),
-        **_view_arguments(view),
+        **view_arguments(view),
         "vocab_size": raw.shape[1],
         "table_ptr": table.values[:, rows],
         "stride_table": table.values.stride(0),
@@ -298,18 +309,19 @@ def row_stats(
         "KL_ESTIMATOR": "k3" if spec is None else spec.kl_estimator,
         "RHO_MODE": None if spec is None else spec.rho_mode,
         "USES_KL": spec is not None and spec.kl_coef != 0,
-        **_block(raw.shape[1]),
+        **block(raw.shape[1]),
     }
     launch(row_stats_kernel, (raw.shape[0],), arguments, num_warps=NUM_WARPS)
 
 
 def row_grad(
     raw: Tensor,  # [C, V] fp32, any pitch
-    d_raw: Tensor,  # [C, V] bf16, fp16 or fp32, another buffer
+    d_raw: Tensor,  # [C, V] bf16, fp16 or fp32; another buffer unless is_exp
     labels: Tensor,  # [C] int64
     view: LogitView,
     stats: RowStats,  # of [C]
     coefficients: Coefficients,  # of [C]
+    is_exp: bool = False,  # raw is d_raw and holds e^(z - m)
 ) -> None:
     """Write d loss / d raw to ``d_raw``."""
     vectors = {
@@ -327,54 +339,10 @@ def row_grad(
         "d_raw_ptr": d_raw,
         "stride_d_raw": d_raw.stride(0),
         "labels_ptr": labels.contiguous(),
-        **_view_arguments(view),
+        **view_arguments(view),
         "vocab_size": raw.shape[1],
         **{name: _dense(vector) for name, vector in vectors.items()},
-        **_block(raw.shape[1]),
+        "IS_EXP": is_exp,
+        **block(raw.shape[1]),
     }
     launch(row_grad_kernel, (raw.shape[0],), arguments, num_warps=NUM_WARPS)
-
-
-class TritonRows:
-    """`row_table.RowWork` by the two kernels."""
-
-    loss_columns: tuple[str, ...] = COLUMNS
-
-    def put_stats(
-        self,
-        raw: Tensor,  # [C, V]
-        labels: Tensor,  # [C]
-        view: LogitView,
-        table: RowTable,
-        rows: slice,
-    ) -> None:
-        """Statistics, into the table."""
-        row_stats(raw, labels, view, table, rows)
-
-    def put_loss(
-        self,
-        raw: Tensor,  # [C, V]
-        labels: Tensor,  # [C]
-        view: LogitView,
-        table: RowTable,
-        rows: slice,
-        objective: Objective,
-    ) -> tuple[RowStats, Coefficients]:
-        """Statistics and loss, into the table; what the gradient of the rows needs."""
-        inputs = objective.inputs.take(rows)
-        row_stats(raw, labels, view, table, rows, objective.spec, inputs)
-        d_lse = None if inputs.z_loss_weights is None else table.column("d_lse", rows)
-        g = table.column("d_logprobs", rows)
-        return table.stats(rows), Coefficients(g, inputs.entropy_weights, d_lse)
-
-    def grad_(
-        self,
-        raw: Tensor,  # [C, V]
-        d_raw: Tensor,  # [C, V] written
-        labels: Tensor,  # [C]
-        view: LogitView,
-        stats: RowStats,
-        coefficients: Coefficients,
-    ) -> None:
-        """Write d loss / d raw."""
-        row_grad(raw, d_raw, labels, view, stats, coefficients)
