@@ -92,6 +92,7 @@ def planned(
             workspace_bytes=workspace,
             needs_weight_grad=PATHS[path].needs_weight,
             is_compiled=False,
+            needs_grad=path != "mode B recompute",  # nothing is kept for it
         )
         asked = default_workspace(weight) if workspace is None else workspace
     group = min(plan.group_rows, rows)
