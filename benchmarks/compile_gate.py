@@ -21,6 +21,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from crpo_kernels.support import triton_version
+
 from . import farm
 from .compile_report import TARGETS, Job, Report, row_of, table
 from .output import write_json
@@ -107,7 +109,10 @@ def gate(pairs: list[tuple[Job, str]], num_workers: int, timeout: float) -> list
 
 
 def run(options: argparse.Namespace, command: str) -> int:
-    """Compile, print the table; 1 when something failed."""
+    """Compile, print the table; 1 when something failed, 2 where nothing can be compiled."""
+    if triton_version() is None:
+        print("triton: expected on Linux, got none. Type pip install 'triton>=3.6'.")
+        return 2
     if os.environ.get("TRITON_INTERPRET"):  # kernels imported under it cannot be compiled
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         print("TRITON_INTERPRET is set: the gate starts again without it", flush=True)
