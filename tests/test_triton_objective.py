@@ -6,7 +6,6 @@ an exponential's argument, which is how far apart two correct exponentials may b
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import replace
 from itertools import product
@@ -19,7 +18,7 @@ from crpo_kernels import ObjectiveSpec, objective
 from crpo_kernels.row_table import COLUMNS, RowTable
 from crpo_kernels.rows import LogitView
 from crpo_kernels.spec import KL_ESTIMATORS, PRESETS, RHO_MODES, TokenInputs
-from crpo_kernels.terms import evaluate
+from crpo_kernels.terms import Sequences, evaluate
 
 if reason := triton_tools.why_no_triton():
     pytest.skip(reason, allow_module_level=True)
@@ -368,8 +367,8 @@ def test_the_row_kernel_s_epilogue_is_the_same_objective(preset, has_old, device
         inputs = inputs if spec.kl_coef else inputs._replace(ref_logprobs=None)
         has_rho = has_old and spec.rho_mode is not None
         got = epilogue(device, spec, inputs, raw)
-        ids = torch.arange(count)  # gspo: a token a sequence, so that the mean is the token's own
-        made = evaluate(spec, inputs, got["logprobs"], got["entropy"], got["lse"], ids)
+        own = Sequences(torch.arange(count), count)  # gspo: the mean of one token is its own
+        made = evaluate(spec, inputs, got["logprobs"], got["entropy"], got["lse"], own)
         names = ("token_loss", "ratio", "kl", "rho", "is_clipped", "loss")
         expected = {name: getattr(made, name) for name in names}
         expected["d_logprobs"] = made.coefficients.d_logprobs
@@ -381,79 +380,3 @@ def test_the_row_kernel_s_epilogue_is_the_same_objective(preset, has_old, device
         assert got["token_loss"][2].isnan() == ((has_old and preset != "sft") or has_rho)
         assert got["loss"][2].isfinite()
         assert got["d_logprobs"][2] == 0
-
-
-MODULE = '''
-"""Functions that call each other, with constants of every kind."""
-import torch as ops
-
-OFFSET = 0.5
-TIMES = 3
-MODE = "double"
-
-
-def doubled(x):
-    return x + x
-
-
-def through_a_helper(x):
-    return doubled(doubled(x)) + OFFSET
-
-
-def chosen(mode, x):
-    if mode == MODE:
-        return doubled(x), ops.exp(x)
-    return through_a_helper(x), TIMES * x
-'''
-
-
-@triton_tools.jit
-def chosen_kernel(x_ptr, out_ptr, count, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=offsets < count)
-    first, second = _chosen(MODE, x)  # noqa: F821  (set by the test)
-    tl.store(out_ptr + offsets, first, mask=offsets < count)
-    tl.store(out_ptr + count + offsets, second, mask=offsets < count)
-
-
-def load(tmp_path, text):
-    path = tmp_path / "functions_of_ops.py"
-    path.write_text(text, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("functions_of_ops", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_twin_rebuilds_every_function_of_a_module(tmp_path, device):
-    """A helper of a helper, constants of three types, and torch's functions stay as they are."""
-    module = load(tmp_path, MODULE)
-    with triton_tools.interpreting():
-        twin = triton_twin(module)
-    assert set(vars(twin)) == {"doubled", "through_a_helper", "chosen"}
-    chosen_kernel.fn.__globals__["_chosen"] = twin.chosen
-    x = torch.linspace(-2, 2, 33)
-    for mode in ("double", "other"):
-        out = torch.full((2, 33), NAN, device=device)
-        chosen_kernel[(1,)](x.to(device), out, 33, mode, BLOCK=64)
-        expected = torch.stack(module.chosen(mode, x))
-        torch.testing.assert_close(out.cpu(), expected, rtol=4 * EPS, atol=0)
-    assert module.doubled(2.5) == 5.0
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def f(x):\n    return x\n", "module: expected plain functions over the name ops, got"),
-        ("import torch as ops\n\ndef f(x, y=1):\n    return x\n", "without defaults, got f"),
-        ("import torch as ops\n\ndef f(x, *, y=1):\n    return x\n", "without defaults, got f"),
-    ],
-)
-def test_what_has_no_twin_is_refused(tmp_path, text, message):
-    with pytest.raises(ValueError, match=message):
-        triton_twin(load(tmp_path, text))
-
-
-def test_every_function_of_the_objective_has_a_twin():
-    names = {n for n, f in vars(objective).items() if callable(f) and not n.startswith("_")}
-    assert set(vars(TWIN)) == names
