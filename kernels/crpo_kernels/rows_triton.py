@@ -138,17 +138,19 @@ def row_stats_kernel(
     if bias_ptr is not None:
         label_bias = tl.load(bias_ptr + label)
     shift = logits_of(tl.load(raw_ptr + label), label_bias, inner, outer) - maximum
-    # a fused multiply-add may round the label's own logit another way, by half a unit in the last
-    # place (a tanh by two): then it is the maximum itself
-    rounding = 6e-8 if inner is None else 2.4e-7
-    shift = tl.where(tl.abs(shift) <= rounding * tl.abs(maximum), 0.0, shift)
+    # A fused multiply-add may round the label's own logit another way, by half a unit in the last
+    # place (a tanh by two): it is never above the maximum, and the top it stays. Its logprob is as
+    # computed: another logit may be as near below as 2^-24 = 5.96e-8 of the maximum.
+    rounding = 5.9e-8 if inner is None else 2.4e-7
+    is_top1 = shift >= -rounding * tl.abs(maximum)
+    shift = tl.where(shift > 0.0, 0.0, shift)
     logprob = shift - log_sum
     entropy = log_sum - mean_shift
     lse = maximum + log_sum
     tl.store(table_ptr + _LOGPROBS * stride_table, logprob)
     tl.store(table_ptr + _ENTROPY * stride_table, entropy)
     tl.store(table_ptr + _LSE * stride_table, lse)
-    tl.store(table_ptr + _IS_TOP1 * stride_table, (shift >= 0).to(tl.float32))
+    tl.store(table_ptr + _IS_TOP1 * stride_table, is_top1.to(tl.float32))
     tl.store(table_ptr + _MAXIMUM * stride_table, maximum)
     tl.store(table_ptr + _LOG_SUM * stride_table, log_sum)
     tl.store(table_ptr + _MEAN_SHIFT * stride_table, mean_shift)
@@ -261,7 +263,7 @@ def block(vocab_size: int) -> dict[str, int]:
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
-    """Per-row values side by side: an expanded gradient has stride 0."""
+    """Values side by side: a bias may be a view, and an expanded gradient has stride 0."""
     return None if vector is None else vector.contiguous()
 
 
@@ -270,7 +272,7 @@ def view_arguments(view: LogitView) -> dict[str, Any]:
     outer = view.outer
     column = outer.contiguous() if isinstance(outer, Tensor) else None
     return {
-        "bias_ptr": view.bias,
+        "bias_ptr": _dense(view.bias),
         "outer_ptr": column,
         "outer": 1.0 if isinstance(outer, Tensor) else float(outer),
         "inner": view.inner,
