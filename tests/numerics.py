@@ -46,6 +46,19 @@ class Problem:
     vectors: dict[str, Tensor] = field(default_factory=dict)  # [T] each
     cu_seqlens: Tensor | None = None
 
+    def rounded(self, dtype, device="cpu") -> Problem:
+        """The same with values that ``dtype`` holds (still fp64), on a device."""
+
+        def moved(tensor):
+            return tensor.to(dtype).double().to(device) if tensor.is_floating_point() else tensor
+
+        values = {
+            name: moved(value).to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return Problem(**values, vectors={k: moved(v) for k, v in self.vectors.items()})
+
     def leaves(self, dtype, bias=False, needs=("hidden", "weight", "bias")):
         """(hidden, weight, bias or None) as fresh leaves."""
         made = {}
@@ -113,6 +126,12 @@ def rel_error(value: Tensor, truth: Tensor) -> float:
     value, truth = value.double(), truth.double()
     scale = float(truth.abs().max())
     return float((value - truth).abs().max()) / (scale if scale > 0 else 1.0)
+
+
+def rms(value: Tensor, truth: Tensor) -> float:
+    """Root mean square of the error, relative to that of the truth."""
+    difference = value.detach().double() - truth.detach()
+    return float((difference.square().mean() / truth.detach().square().mean()).sqrt())
 
 
 def assert_near(value: Tensor, truth: Tensor, tolerance: float, what: str = "") -> None:

@@ -21,6 +21,7 @@ from numerics import (
     assert_same_result,
     make_problem,
     rel_error,
+    rms,
     run_loss,
     spec_of,
     way_id,
@@ -161,11 +162,6 @@ def test_bf16_error_is_at_most_twice_that_of_naive_torch(way):
     }
     for name, (value, rivals, true) in pairs.items():
         assert rms(value, true) <= 2 * rms(rivals, true) + 1e-6, name
-
-
-def rms(value, truth):
-    difference = value.detach().double() - truth.detach()
-    return float((difference.square().mean() / truth.detach().square().mean()).sqrt())
 
 
 def test_d_weight_of_many_chunks_is_accumulated_in_fp32():
