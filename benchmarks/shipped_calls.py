@@ -32,7 +32,7 @@ from .compile_report import Job
 DIM = 1024
 LARGE, ODD = (8192, 151936), (3000, 50257)  # rows, vocabulary; dZ of the first is above 2 GiB
 LEAST_STREAM = 4096  # a vocabulary of less is one or two loads of a program
-WORKSPACE = 1 << 33  # bytes
+WORKSPACES = {"all": 1 << 33, "little": 1 << 28}  # bytes, for the exponentials of all rows or not
 OPTIONS: dict[str, tuple] = {
     "policy": POLICIES,
     "kl": (None, *KL_ESTIMATORS),
@@ -45,10 +45,10 @@ OPTIONS: dict[str, tuple] = {
     "temperature": (0.7, "per token"),
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "shape": (LARGE, ODD),
+    "kept": ("all", "little"),  # of mode B
 }
 
-SHARED = ("entropy", "z_loss", "bias", "softcap", "temperature", "dtype", "shape")
-"""What the kernels see of a call in mode B: its loss runs in torch."""
+OF_LOSS = ("policy", "kl", "rho", "old")  # in mode B the loss runs in torch
 
 
 def shipped_jobs() -> list[Job]:
@@ -91,12 +91,13 @@ def shipped_kernels() -> set:
 def head_calls() -> list[dict[str, Any]]:
     """Presets as they are meant at the size of a real head, options in pairs, a tiny vocabulary."""
     presets = [{"preset": name, "shape": LARGE} for name in PRESETS]
-    shared = {name: OPTIONS[name] for name in SHARED}
+    both = {k: v for k, v in OPTIONS.items() if k not in OF_LOSS}
+    alone = {k: v for k, v in OPTIONS.items() if k != "kept"}
     watched: dict[str, Any] = {"kl": "unweighted", "shape": LARGE}  # a reference, but kl_coef = 0
     tiny: dict[str, Any] = {"shape": (32, 700)}
     calls: dict[str, list[dict[str, Any]]] = {
-        "one_pass": [*presets, watched, *pairwise(OPTIONS), tiny],
-        "two_pass": [*pairwise(shared), tiny],
+        "one_pass": [*presets, watched, *pairwise(alone), tiny],
+        "two_pass": [*pairwise(both), tiny],
     }
     return [{"mode": mode, **call} for mode, rows in calls.items() for call in rows]
 
@@ -153,6 +154,7 @@ def call_head(
     softcap: float | None = None,
     temperature: float | str = 0.7,
     dtype: torch.dtype = torch.bfloat16,
+    kept: str = "all",
 ) -> None:
     """The launches of one call with gradients; arguments as in OPTIONS."""
     num_rows, vocab_size = shape
@@ -185,13 +187,19 @@ def call_head(
         )
         hidden = torch.empty(num_rows, DIM, dtype=dtype)
         weight = torch.empty(vocab_size, DIM, dtype=dtype)
-        run_mode(mode, hidden, weight, view, Objective(spec, inputs, None))
+        workspace = WORKSPACES[kept]
+        run_mode(mode, hidden, weight, view, Objective(spec, inputs, None), workspace)
 
 
 def run_mode(
-    mode: str, hidden: Tensor, weight: Tensor, view: LogitView, objective: Objective
+    mode: str,
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    view: LogitView,
+    objective: Objective,
+    workspace_bytes: int,
 ) -> None:
-    """All passes of a mode over ``hidden`` ``[T, D]`` and ``weight`` ``[V, D]``."""
+    """All passes of a mode."""
     inputs = objective.inputs
     plan = make_plan(
         hidden,
@@ -199,7 +207,7 @@ def run_mode(
         hidden.shape[0],
         backend="triton",
         mode=mode,
-        workspace_bytes=WORKSPACE,
+        workspace_bytes=workspace_bytes,
         needs_weight_grad=True,
         is_compiled=False,
     )

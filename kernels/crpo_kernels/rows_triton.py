@@ -347,4 +347,5 @@ def row_grad(
         "IS_EXP": is_exp,
         **block(raw.shape[1]),
     }
-    launch(row_grad_kernel, (raw.shape[0],), arguments, num_warps=NUM_WARPS)
+    num_warps = NUM_WARPS * raw.element_size() // 4  # of kept bf16, too, 128 bits at a time
+    launch(row_grad_kernel, (raw.shape[0],), arguments, num_warps=num_warps)
