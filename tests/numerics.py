@@ -31,7 +31,9 @@ def spec_of(preset, **overrides):
 
 
 def is_possible(way, preset, on_policy):
-    return not (preset == "gspo" and not on_policy and way.get("mode") == "one_pass")
+    """Off-policy gspo is one pass where whole sequences fit a chunk: not in TINY ones."""
+    is_tiny = way.get("mode") == "one_pass" and "workspace_bytes" in way
+    return not (preset == "gspo" and not on_policy and is_tiny)
 
 
 @dataclass

@@ -290,6 +290,12 @@ def test_choices_are_logged_once_with_their_reason(caplog):
     assert caplog.messages[1:] == [
         "backend torch, mode one_pass: the coefficients are known before the head runs",
         "row passes eager: the call has too few logits to pay for a compilation",
-        f"{gspo_reason}; the logits of all rows fit the workspace and are kept",
-        f"{gspo_reason}; the logits are computed again for the gradient",
+        (
+            "backend torch, mode one_pass: whole sequences fit a chunk, which then knows the ratios of "
+            "its rows"
+        ),
+        (
+            f"{gspo_reason}, and the longest does not fit a chunk of this workspace; the logits are "
+            "computed again for the gradient"
+        ),
     ]

@@ -137,9 +137,11 @@ def linear_policy_loss(
     }
     check_objective(spec, {**vectors, "cu_seqlens": cu_seqlens})
     call = HeadCall(hidden, weight, labels, bias, (temperature, logit_scale, logit_softcap), rows)
-    call.plan(backend, mode, workspace_bytes, one_pass_reason(spec, old_logprobs is None))
-    sequences = None
+    sequences, lengths = None, None
     if spec.policy == "gspo" and cu_seqlens is not None:
         ids, count = sequence_of_token(cu_seqlens, call.num_rows, call.hidden.device)
         sequences = Sequences(call.compact(ids), count)
+        lengths = call.sequence_lengths(cu_seqlens) if old_logprobs is not None else None
+    reason = one_pass_reason(spec, old_logprobs is None)
+    call.plan(backend, mode, workspace_bytes, reason, lengths)
     return call.policy_loss(Objective(spec, call.token_inputs(vectors), sequences))

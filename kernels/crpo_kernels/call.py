@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .aligned import Lengths, counted_lengths
 from .autograd import ObjectiveLoss, OnePassLoss, head_logprobs
 from .chunked import Head, one_pass, stats_dtype, without_autocast
 from .compilation import uncompiled_reason
-from .dispatch import choose_backend, choose_mode, log_choice
-from .plan import make_plan
+from .dispatch import choose_aligned, choose_backend, choose_mode, log_choice
+from .plan import Plan, make_plan, make_room
 from .reference import dense_logits, dense_logprobs
 from .row_table import Objective, RowTable
 from .rows import LogitView
@@ -60,7 +61,7 @@ class HeadCall:
         self.dtype = stats_dtype(hidden)
         self.num_rows = self.hidden.shape[0]
         all_labels = check_labels(labels, self.num_rows, weight.shape[0])
-        self.rows = counted_rows(rows, all_labels)
+        self.rows, self.given_rows = counted_rows(rows, all_labels), rows
         self.labels = self.compact(all_labels)  # [n]
         temperature = check_temperature(temperature, self.num_rows, hidden, self.dtype)
         if isinstance(temperature, Tensor):
@@ -109,29 +110,53 @@ class HeadCall:
         compact = {k: None if v is None else self.compact(v) for k, v in checked.items()}
         return TokenInputs(self.labels, self.compact(token_weights), **compact)
 
+    def sequence_lengths(self, cu_seqlens: Tensor | Sequence[int]) -> Lengths:
+        """Counted rows of each sequence, where the host knows; ``cu_seqlens`` has been checked."""
+        return counted_lengths(cu_seqlens, self.rows, self.given_rows)
+
     def plan(
-        self, backend: str, mode: str, workspace_bytes: int | None, one_pass_reason: str | None
+        self,
+        backend: str,
+        mode: str,
+        workspace_bytes: int | None,
+        one_pass_reason: str | None,
+        lengths: Lengths | None = None,
     ) -> None:
         """Choose backend, mode and chunk size.
+
+        Args:
+            backend: as in the call.
+            mode: as in the call.
+            workspace_bytes: as in the call.
+            one_pass_reason: why chunks that know no sequences cannot be one pass, or None.
+            lengths: of the sequences, where whole ones in a chunk can be.
 
         Raises:
             ValueError: an unknown name, or a backend or mode that cannot run, with the reason.
         """
         check_workspace(workspace_bytes)
-        chosen = choose_mode(mode, one_pass_reason)
         choice = choose_backend(backend, self.hidden.device, self.hidden.dtype)
-        eager_reason = uncompiled_reason(self.hidden, self.labels.numel(), self.weight.shape[0])
-        plan = make_plan(
-            self.hidden,
-            self.weight,
-            self.labels.numel(),
-            backend=choice.name,
-            mode=chosen,
-            workspace_bytes=workspace_bytes,
-            needs_weight_grad=self.needs(self.weight),
-            is_compiled=eager_reason is None and choice.name == "torch",
-            needs_grad=self.needs_any,
-        )
+        num_rows = self.labels.numel()
+        eager_reason = uncompiled_reason(self.hidden, num_rows, self.weight.shape[0])
+        sizes = {
+            "backend": choice.name,
+            "workspace_bytes": workspace_bytes,
+            "needs_weight_grad": self.needs(self.weight),
+        }
+
+        def plan_of(mode: str) -> Plan:
+            is_compiled = eager_reason is None and choice.name == "torch"
+            return make_plan(
+                self.hidden, self.weight, num_rows, mode=mode, is_compiled=is_compiled,
+                needs_grad=self.needs_any, **sizes,
+            )  # fmt: skip
+
+        if lengths is None or choice.name == "dense":
+            plan = plan_of(choose_mode(mode, one_pass_reason))
+        else:
+            room = make_room(self.hidden, self.weight, num_rows, **sizes)
+            needs = (self.needs(self.hidden), self.needs(self.weight))
+            plan, one_pass_reason = choose_aligned(mode, lengths, plan_of, room, needs)
         log_choice(plan, choice, one_pass_reason, eager_reason)
         self.head = Head(
             rows=self.rows,

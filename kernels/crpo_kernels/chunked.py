@@ -112,14 +112,10 @@ class Chunks:
 
     def groups(self) -> Iterator[list[slice]]:
         """The chunks of each group, as slices of the counted rows."""
-        plan = self.head.plan
         if self.is_kept and self.num_rows:
             yield [slice(0, self.num_rows)]
             return
-        for start in range(0, self.num_rows, plan.group_rows):
-            stop = min(start + plan.group_rows, self.num_rows)
-            firsts = range(start, stop, plan.chunk_rows)
-            yield [slice(first, min(first + plan.chunk_rows, stop)) for first in firsts]
+        yield from self.head.plan.groups(self.num_rows)
 
     def hidden_of(self, rows: slice) -> Tensor:  # [C, D]
         """The hidden states of some counted rows."""

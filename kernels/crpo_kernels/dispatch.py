@@ -5,7 +5,11 @@ backend   triton     CUDA and ROCm (a CPU in Triton's interpreter): chunks of ro
           dense      the oracle: all logits at once, autograd
           auto       the first of triton and torch that can run
 mode      one_pass   gradients are made while a chunk's logits are hot; 6NVD operations. Needs
-                     every coefficient before the head runs.
+                     every coefficient before the head runs. Off-policy gspo: chunks of whole
+                     sequences, where the host knows the sequences, the longest fits a chunk, and
+                     the operations and bytes of such chunks are no more than two_pass would take
+                     (`aligned.modelled_cost`: ragged chunks waste parts of tiles, and more groups
+                     more sums of d_weight; two_pass moves or computes the logits once more).
           two_pass   statistics first, any loss on them, then gradients; 8NVD, or 6NVD where
                      e^(z - m) of all rows (torch on a CPU: the logits) fits the workspace and is
                      kept: a product with the weight costs more than writing and reading it.
@@ -14,12 +18,14 @@ mode      one_pass   gradients are made while a chunk's logits are hot; 6NVD ope
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from .plan import Plan
+from .aligned import Lengths, TooLong, align, modelled_cost
+from .plan import Plan, Room
 from .spec import ObjectiveSpec, check_choice
 from .support import (
     INTERPRETER,
@@ -100,6 +106,52 @@ def one_pass_reason(spec: ObjectiveSpec | None, is_on_policy: bool) -> str | Non
     return None
 
 
+def choose_aligned(
+    mode: str,
+    lengths: Lengths,
+    plan_of: Callable[[str], Plan],
+    room: Room,
+    needs: tuple[bool, bool],
+) -> tuple[Plan, str | None]:
+    """The plan of off-policy gspo, and why it is not one_pass if it is not.
+
+    Args:
+        mode: as in the call.
+        lengths: counted rows of the sequences, where the host knows them.
+        plan_of: the plan of a mode, with chunks that know no sequences.
+        room: the sizes of the call.
+        needs: whether hidden and weight need a gradient.
+
+    Raises:
+        ValueError: an unknown mode, or one_pass where it cannot run, with the reason.
+    """
+    reason = one_pass_reason(ObjectiveSpec("gspo"), is_on_policy=False)
+    check_choice("mode", mode, MODES)
+    if mode == "two_pass":
+        return plan_of(mode), "asked for"
+    aligned, remedy = None, "Use mode='auto'."
+    if lengths.values is None:
+        reason = f"{reason}, and {lengths.reason}"
+    else:
+        aligned = align(plan_of("one_pass"), room, lengths.values)
+    if isinstance(aligned, TooLong):
+        reason = f"{reason}, and the longest does not fit a chunk of this workspace"
+        remedy = (
+            f"It has {aligned.longest} counted rows, a chunk {aligned.rows}: pass "
+            f"workspace_bytes={aligned.num_bytes}, or mode='auto'."
+        )
+    if isinstance(aligned, Plan) and mode == "one_pass":
+        return aligned, None
+    if mode == "one_pass":
+        raise ValueError(f"mode: expected 'auto' or 'two_pass', got 'one_pass': {reason}. {remedy}")
+    plan = plan_of("two_pass")
+    if isinstance(aligned, Plan):
+        if modelled_cost(aligned, room, needs) <= modelled_cost(plan, room, needs):
+            return aligned, None
+        reason = f"{reason}, and chunks of whole sequences would cost more"
+    return plan, reason
+
+
 def choose_mode(mode: str, reason: str | None) -> str:
     """The mode that runs; a named mode that cannot run raises with the reason.
 
@@ -134,7 +186,9 @@ def mode_reason(plan: Plan, reason: str | None) -> str:
         plan: what was chosen.
         reason: why one_pass cannot run, if it cannot.
     """
-    if plan.mode == "one_pass":
+    if plan.chunk_ends is not None:
+        why = "whole sequences fit a chunk, which then knows the ratios of its rows"
+    elif plan.mode == "one_pass":
         why = "the coefficients are known before the head runs"
     else:
         why = f"{reason or 'asked for'}; {_KEPT[plan.kept]}"

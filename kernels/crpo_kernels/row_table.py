@@ -31,6 +31,16 @@ class Objective:
     inputs: TokenInputs  # of [n]
     sequences: Sequences | None  # of [n], for gspo
 
+    @property
+    def is_by_sequence(self) -> bool:
+        """Whether a row's coefficients depend on the other rows of its sequence."""
+        return self.spec.policy == "gspo" and self.inputs.old_logprobs is not None
+
+    def take(self, rows: slice) -> Objective:
+        """The objective of some rows, whole sequences where it is by sequence."""
+        sequences = self.sequences and self.sequences._replace(ids=self.sequences.ids[rows])
+        return Objective(self.spec, self.inputs.take(rows), sequences)
+
 
 class RowTable:
     """``[columns, n]`` in the dtype of the statistics; flags are 0 or 1."""
@@ -49,9 +59,11 @@ class RowTable:
         """The statistics of some rows, as views."""
         return RowStats(*(self.column(name, rows) for name in RowStats._fields))
 
-    def put(self, rows: slice, *records: RowStats | LossRows) -> None:
-        """Copy what some rows' records say of the table's columns."""
-        for name in self.names:
+    def put(
+        self, rows: slice, *records: RowStats | LossRows, names: tuple[str, ...] | None = None
+    ) -> None:
+        """Copy what some rows' records say of the table's columns, or of ``names`` among them."""
+        for name in self.names if names is None else names:
             record = next(record for record in records if hasattr(record, name))
             self.column(name, rows).copy_(getattr(record, name))
 

@@ -47,8 +47,10 @@ class TorchRows:
     ) -> tuple[RowStats, Coefficients]:
         """Statistics and loss, into the table; what the gradient of the rows needs."""
         stats = self.stats(raw, labels, view)
-        inputs = objective.inputs.take(rows)
-        result = evaluate(objective.spec, inputs, stats.logprobs, stats.entropy, stats.lse)
+        part = objective.take(rows)
+        result = evaluate(
+            part.spec, part.inputs, stats.logprobs, stats.entropy, stats.lse, part.sequences
+        )
         table.put(rows, stats, result)
         return stats, result.coefficients
 

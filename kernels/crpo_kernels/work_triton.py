@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from .exps_triton import row_exp
-from .row_table import COLUMNS, RowTable
+from .row_table import COLUMNS, TERMS, RowTable
 from .rows_triton import row_grad, row_stats
-from .terms import Coefficients
+from .terms import Coefficients, evaluate
 
 if TYPE_CHECKING:
     from .row_table import Objective
@@ -42,11 +42,26 @@ class TritonRows:
         objective: Objective,
     ) -> tuple[RowStats, Coefficients]:
         """Statistics and loss, into the table; what the gradient of the rows needs."""
+        if objective.is_by_sequence:
+            row_stats(raw, labels, view, table, rows)
+            return self._put_sequences_loss(table, rows, objective.take(rows))
         inputs = objective.inputs.take(rows)
         row_stats(raw, labels, view, table, rows, objective.spec, inputs)
         d_lse = None if inputs.z_loss_weights is None else table.column("d_lse", rows)
         g = table.column("d_logprobs", rows)
         return table.stats(rows), Coefficients(g, inputs.entropy_weights, d_lse)
+
+    def _put_sequences_loss(
+        self, table: RowTable, rows: slice, objective: Objective
+    ) -> tuple[RowStats, Coefficients]:
+        """The loss of whole sequences, in torch on the vectors of their rows."""
+        logprobs, entropy = table.column("logprobs", rows), table.column("entropy", rows)
+        lse = table.column("lse", rows)
+        result = evaluate(
+            objective.spec, objective.inputs, logprobs, entropy, lse, objective.sequences
+        )
+        table.put(rows, result, names=TERMS)
+        return table.stats(rows), result.coefficients
 
     def grad_(
         self,
