@@ -282,6 +282,8 @@ def test_choices_are_logged_once_with_their_reason(caplog):
         run_loss(problem, torch.float32, spec=dapo)
         run_loss(problem, torch.float32, spec=gspo)
         run_loss(problem, torch.float32, spec=gspo, workspace_bytes=TINY)
+    aligned = "whole sequences fit a chunk, which then knows the ratios of its rows"
+    too_long = "the longest does not fit a chunk of this workspace"
     gspo_reason = (
         "backend torch, mode two_pass: the ratio of gspo is a mean over the whole sequence of "
         "this call's own logprobs"
@@ -290,12 +292,6 @@ def test_choices_are_logged_once_with_their_reason(caplog):
     assert caplog.messages[1:] == [
         "backend torch, mode one_pass: the coefficients are known before the head runs",
         "row passes eager: the call has too few logits to pay for a compilation",
-        (
-            "backend torch, mode one_pass: whole sequences fit a chunk, which then knows the ratios of "
-            "its rows"
-        ),
-        (
-            f"{gspo_reason}, and the longest does not fit a chunk of this workspace; the logits are "
-            "computed again for the gradient"
-        ),
+        f"backend torch, mode one_pass: {aligned}",
+        f"{gspo_reason}, and {too_long}; the logits are computed again for the gradient",
     ]
