@@ -29,8 +29,12 @@ MARGIN = 64  # elements before and behind it; keeps the alignment
 
 
 def why_no_triton() -> str | None:
-    """Why kernels cannot run in this process, or None."""
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    """Why kernels cannot run in this process, compiled or interpreted, or None."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle = importlib.import_module("crpo_kernels.support").triton_obstacle(
+        device, torch.float32
+    )
+    return None if obstacle is None else obstacle.reason
 
 
 @contextlib.contextmanager
@@ -59,7 +63,7 @@ def import_interpreted() -> None:
     Raises:
         RuntimeError: triton was imported before, so that its own functions cannot be interpreted.
     """
-    if torch.cuda.is_available() or why_no_triton():
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
     if "triton" in sys.modules:
         raise RuntimeError(
