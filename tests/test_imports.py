@@ -32,7 +32,12 @@ MAY_IMPORT = {
     "crpo_fast.plots": set(),
     "crpo_kernels.objective": set(),
     "crpo_kernels.spec": set(),
-    "crpo_kernels.weights": {"crpo_kernels.stage_triton", "crpo_kernels.support"},
+    "crpo_kernels.objective_triton": {
+        *("crpo_kernels.launch_triton", "crpo_kernels.twin_triton", "crpo_kernels.row_table"),
+    },
+    "crpo_kernels.weights": {
+        *("crpo_kernels.stage_triton", "crpo_kernels.support", "crpo_kernels.host"),
+    },
     "crpo_kernels.reference": {"crpo_kernels.objective", "crpo_kernels.spec"},
 }
 # All may use these: a sharded tensor is a tensor, a checkpoint is a file.
