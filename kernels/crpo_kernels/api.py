@@ -34,24 +34,29 @@ head there; everything after them is fp32. Inputs are never changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .call import HeadCall
 from .dispatch import one_pass_reason
-from .row_table import Objective
+from .opaque import HeadInputs, traced_logprobs, traced_policy_loss
 from .spec import Logprobs, ObjectiveSpec, TokenStats
-from .terms import Sequences
 from .validate import (
     check_objective,
     check_vocabulary_shard,
 )
-from .weights import sequence_of_token
+
+DENSE_REASON = (
+    "backend: 'dense' has no operator that torch.compile could put into a graph. "
+    "Pass backend='auto', or compile without fullgraph=True."
+)
 
 
-@torch.compiler.disable
 def linear_logprobs(
     hidden: Tensor,  # [T, D]
     weight: Tensor,  # [V, D]
@@ -82,14 +87,21 @@ def linear_logprobs(
         NotImplementedError: ``process_group`` was given.
     """
     check_vocabulary_shard(process_group, vocab_start)
-    call = HeadCall(hidden, weight, labels, bias, (temperature, logit_scale, logit_softcap), rows)
-    reason = one_pass_reason(None, is_on_policy=True) if call.needs_any else None
-    call.plan(backend, mode, workspace_bytes, reason)
+    transform = (temperature, logit_scale, logit_softcap)
+    inputs = HeadInputs(hidden, weight, labels, bias, transform, rows)
+    run = (backend, mode, workspace_bytes)
+    if torch.compiler.is_compiling() and backend != "dense":
+        return traced_logprobs(inputs, run)
+    return _outside_graphs(_logprobs, inputs, run)
+
+
+def _logprobs(inputs: HeadInputs, run: tuple[str, str, int | None]) -> Logprobs:
+    call = HeadCall(*inputs)
+    call.plan(*run, one_pass_reason(None, is_on_policy=True) if call.needs_any else None)
     outputs, _ = call.logprobs()
     return Logprobs(*(call.scatter(value) for value in outputs))
 
 
-@torch.compiler.disable
 def linear_policy_loss(
     hidden: Tensor,  # [T, D]
     weight: Tensor,  # [V, D]
@@ -135,13 +147,40 @@ def linear_policy_loss(
         "rollout_logprobs": rollout_logprobs,
         "ref_logprobs": ref_logprobs,
     }
+    transform = (temperature, logit_scale, logit_softcap)
+    inputs = HeadInputs(hidden, weight, labels, bias, transform, rows)
+    run = (backend, mode, workspace_bytes)
+    if torch.compiler.is_compiling() and backend != "dense":
+        return traced_policy_loss(inputs, run, vectors, spec, cu_seqlens)
+    return _outside_graphs(_policy_loss, inputs, run, vectors, spec, cu_seqlens)
+
+
+def _policy_loss(
+    inputs: HeadInputs,
+    run: tuple[str, str, int | None],
+    vectors: dict[str, Tensor | None],
+    spec: ObjectiveSpec,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, TokenStats]:
     check_objective(spec, {**vectors, "cu_seqlens": cu_seqlens})
-    call = HeadCall(hidden, weight, labels, bias, (temperature, logit_scale, logit_softcap), rows)
-    sequences, lengths = None, None
-    if spec.policy == "gspo" and cu_seqlens is not None:
-        ids, count = sequence_of_token(cu_seqlens, call.num_rows, call.hidden.device)
-        sequences = Sequences(call.compact(ids), count)
-        lengths = call.sequence_lengths(cu_seqlens) if old_logprobs is not None else None
-    reason = one_pass_reason(spec, old_logprobs is None)
-    call.plan(backend, mode, workspace_bytes, reason, lengths)
-    return call.policy_loss(Objective(spec, call.token_inputs(vectors), sequences))
+    call = HeadCall(*inputs)
+    return call.policy_loss(call.plan_loss(run, vectors, spec, cu_seqlens))
+
+
+def _outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function`` as it is: traced piece by piece it would be slow.
+
+    A frame that torch.compile has given up comes here too, so that nothing below is traced either.
+    Where torch.compile was not even imported (which takes a second) nobody traces.
+    """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=DENSE_REASON)
+        return torch.compiler.disable(function)(*arguments)
+    if "torch._dynamo" in sys.modules:
+        return _untraced(function)(*arguments)
+    return function(*arguments)
+
+
+@cache
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)

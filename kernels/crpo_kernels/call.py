@@ -15,13 +15,13 @@ from .aligned import Lengths, counted_lengths
 from .autograd import ObjectiveLoss, OnePassLoss, head_logprobs
 from .chunked import Head, one_pass, stats_dtype, without_autocast
 from .compilation import uncompiled_reason
-from .dispatch import choose_aligned, choose_backend, choose_mode, log_choice
+from .dispatch import choose_aligned, choose_backend, choose_mode, log_choice, one_pass_reason
 from .plan import Plan, make_plan, make_room
 from .reference import dense_logits, dense_logprobs
 from .row_table import Objective, RowTable
 from .rows import LogitView
-from .spec import Logprobs, TokenInputs, TokenStats
-from .terms import LossRows
+from .spec import Logprobs, ObjectiveSpec, TokenInputs, TokenStats
+from .terms import LossRows, Sequences
 from .validate import (
     check_labels,
     check_scale,
@@ -32,6 +32,7 @@ from .validate import (
     counted_rows,
     token_vector,
 )
+from .weights import sequence_of_token
 
 
 class HeadCall:
@@ -45,8 +46,18 @@ class HeadCall:
         bias: Tensor | None,  # [V]
         transform: tuple[Tensor | float, float, float | None],
         rows: Tensor | Sequence[int] | None,
+        needs: Sequence[bool] | None = None,
     ) -> None:
         """Check everything about the head itself.
+
+        Args:
+            hidden: the states.
+            weight: of the head.
+            labels: of the rows.
+            bias: of the head.
+            transform: temperature, logit_scale and logit_softcap.
+            rows: that count.
+            needs: whether hidden, weight and bias need a gradient; None: as autograd says.
 
         Raises:
             ValueError: an argument that cannot be right.
@@ -56,6 +67,9 @@ class HeadCall:
             hidden, weight = cast_for_autocast(hidden, weight)
         check_tensors(hidden, weight, labels, bias)
         check_scale(logit_scale, logit_softcap)
+        if needs is None:
+            needs = [needs_gradient(tensor) for tensor in (hidden, weight, bias)]
+        self.needs_hidden, self.needs_weight, self.needs_bias = needs
         self.hidden = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
         self.weight, self.bias = weight, bias
         self.dtype = stats_dtype(hidden)
@@ -76,14 +90,10 @@ class HeadCall:
         constant_bias = None if bias is None else bias.detach().to(self.dtype)
         self.view = LogitView.make(constant_bias, temperature, logit_scale, logit_softcap)
 
-    def needs(self, tensor: Tensor | None) -> bool:
-        """Whether a gradient flows to ``tensor``."""
-        return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
     @property
     def needs_any(self) -> bool:
         """Whether a gradient flows to anything."""
-        return self.needs(self.hidden) or self.needs(self.weight) or self.needs(self.bias)
+        return self.needs_hidden or self.needs_weight or self.needs_bias
 
     def compact(self, vector: Tensor) -> Tensor:  # [T] -> [n]
         """The counted rows of a per-token vector."""
@@ -114,6 +124,27 @@ class HeadCall:
         """Counted rows of each sequence, where the host knows; ``cu_seqlens`` has been checked."""
         return counted_lengths(cu_seqlens, self.rows, self.given_rows)
 
+    def plan_loss(
+        self,
+        run: tuple[str, str, int | None],  # backend, mode, workspace_bytes
+        vectors: dict[str, Tensor | None],  # of [T]
+        spec: ObjectiveSpec,
+        cu_seqlens: Tensor | None,  # [B + 1]
+    ) -> Objective:
+        """Choose how the loss runs; returns what is minimised over the counted rows.
+
+        Raises:
+            ValueError: an argument that cannot be right.
+        """
+        is_on_policy = vectors["old_logprobs"] is None
+        sequences, lengths = None, None
+        if spec.policy == "gspo" and cu_seqlens is not None:
+            ids, count = sequence_of_token(cu_seqlens, self.num_rows, self.hidden.device)
+            sequences = Sequences(self.compact(ids), count)
+            lengths = None if is_on_policy else self.sequence_lengths(cu_seqlens)
+        self.plan(*run, one_pass_reason(spec, is_on_policy), lengths)
+        return Objective(spec, self.token_inputs(vectors), sequences)
+
     def plan(
         self,
         backend: str,
@@ -141,7 +172,7 @@ class HeadCall:
         sizes = {
             "backend": choice.name,
             "workspace_bytes": workspace_bytes,
-            "needs_weight_grad": self.needs(self.weight),
+            "needs_weight_grad": self.needs_weight,
         }
 
         def plan_of(mode: str) -> Plan:
@@ -155,7 +186,7 @@ class HeadCall:
             plan = plan_of(choose_mode(mode, one_pass_reason))
         else:
             room = make_room(self.hidden, self.weight, num_rows, **sizes)
-            needs = (self.needs(self.hidden), self.needs(self.weight))
+            needs = (self.needs_hidden, self.needs_weight)
             plan, one_pass_reason = choose_aligned(mode, lengths, plan_of, room, needs)
         log_choice(plan, choice, one_pass_reason, eager_reason)
         self.head = Head(
@@ -163,9 +194,9 @@ class HeadCall:
             labels=self.labels,
             view=self.view,
             plan=plan,
-            needs_hidden=self.needs(self.hidden),
-            needs_weight=self.needs(self.weight),
-            needs_bias=self.needs(self.bias),
+            needs_hidden=self.needs_hidden,
+            needs_weight=self.needs_weight,
+            needs_bias=self.needs_bias,
         )
 
     def logprobs(self) -> tuple[Logprobs, Tensor]:
@@ -193,10 +224,14 @@ class HeadCall:
         results: list[LossRows] = []
         values, is_top1 = self.logprobs()
         loss = ObjectiveLoss.apply(*values, objective, results)
-        columns = {**values._asdict(), "is_top1": is_top1, **vars(results[0])}
+        return loss, self.two_pass_stats(values, is_top1, results[0])
+
+    def two_pass_stats(self, values: Logprobs, is_top1: Tensor, result: LossRows) -> TokenStats:
+        """Statistics ``[T]`` from the results ``[n]`` of two passes."""
+        columns = {**values._asdict(), "is_top1": is_top1, **vars(result)}
         names = [name for name in TokenStats._fields if name in columns]
         table = torch.stack([columns[name].detach().to(self.dtype) for name in names])
-        return loss, self.token_stats(table, names)
+        return self.token_stats(table, names)
 
     def token_stats(self, table: Tensor, names: Sequence[str]) -> TokenStats:
         """Statistics scattered to ``[T]`` from the columns of ``table`` ``[names, n]``."""
@@ -207,6 +242,11 @@ class HeadCall:
         values = {name: columns[name] for name in TokenStats._fields if name in columns}
         flags = {name: values[name] > 0 for name in ("is_clipped", "is_top1")}
         return TokenStats(**{**values, **flags}, is_counted=counted)
+
+
+def needs_gradient(tensor: Tensor | None) -> bool:
+    """Whether a gradient flows to ``tensor``."""
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def cast_for_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

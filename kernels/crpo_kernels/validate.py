@@ -31,7 +31,7 @@ def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
     if bias is not None:
         tensors["bias"] = bias
     for name, tensor in tensors.items():
-        _check_plain(name, tensor)
+        check_plain(name, tensor)
         _check_device(name, tensor, hidden)
     if hidden.dim() < 2:
         raise ValueError(
@@ -66,7 +66,12 @@ def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
         )
 
 
-def _check_plain(name: str, tensor: object) -> None:
+def check_plain(name: str, tensor: object) -> None:
+    """A tensor that is all here.
+
+    Raises:
+        ValueError: something else, or a tensor whose parts are on other ranks.
+    """
     if not isinstance(tensor, Tensor):
         raise ValueError(
             f"{name}: expected a torch.Tensor, got {type(tensor).__name__}. "
@@ -149,7 +154,7 @@ def token_vector(
 def _token_vector(
     name: str, value: Tensor, num_rows: int, hidden: Tensor, dtype: torch.dtype
 ) -> Tensor:  # [T]
-    _check_plain(name, value)
+    check_plain(name, value)
     _check_device(name, value, hidden)
     return check_length(name, value, num_rows).detach().to(dtype)
 

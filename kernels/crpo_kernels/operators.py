@@ -1,0 +1,338 @@
+"""The loss as operators of torch, each with what a tracer needs: shapes, and a backward.
+
+    policy_loss            head, objective -> loss, statistics, d_hidden, d_weight, d_bias
+    policy_loss_backward   the three times the upstream gradient, rounded once
+    logprobs               head -> logprobs, entropy, lse, what the gradient of a row needs
+    logprobs_backward      d_hidden, d_weight, d_bias of a loss on the first three
+
+`opaque` says when they are used and what is different then. An operator's arguments are tensors,
+numbers and strings: those of `HeadArguments`, then those of the objective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .call import HeadCall
+from .chunked import (
+    Gradients,
+    backprop,
+    d_weight_of,
+    one_pass,
+    score,
+    stats_dtype,
+    without_autocast,
+)
+from .dispatch import one_pass_reason
+from .products import product
+from .row_table import OUTPUTS, Objective
+from .rows import RowStats
+from .spec import Logprobs, ObjectiveSpec, TokenInputs, TokenStats
+from .terms import Coefficients, evaluate
+from .validate import check_objective
+
+HEAD_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? rows, "
+    "Tensor? temperatures, float temperature, float logit_scale, float? logit_softcap, "
+    "str backend, str mode, SymInt? workspace_bytes, bool[] needs"
+)
+OBJECTIVE_SCHEMA = (
+    "Tensor? token_weights, Tensor? advantages, Tensor? entropy_weights, Tensor? z_loss_weights, "
+    "Tensor? old_logprobs, Tensor? rollout_logprobs, Tensor? ref_logprobs, Tensor? cu_seqlens, "
+    "str policy, float clip_low, float clip_high, float kl_coef, str kl_estimator, str? rho_mode, "
+    "float rho_cap, float rho_floor"
+)
+VECTORS = TokenInputs._fields[1:]  # in the order of the schema, as the fields of the spec are
+SPEC_FIELDS = tuple(field.name for field in fields(ObjectiveSpec))
+KEPT = ("maximum", "log_sum", "mean_shift", "is_top1")  # of a row for its gradient
+
+
+class HeadArguments(NamedTuple):
+    """What both operators are told of the head; in the order of `HEAD_SCHEMA`."""
+
+    hidden: Tensor  # [..., D]
+    weight: Tensor  # [V, D]
+    labels: Tensor  # [T]
+    bias: Tensor | None  # [V]
+    rows: Tensor | None  # [n]
+    temperatures: Tensor | None  # [T], instead of temperature
+    temperature: float
+    logit_scale: float
+    logit_softcap: float | None
+    backend: str
+    mode: str
+    workspace_bytes: int | None
+    needs: Sequence[bool]  # whether hidden, weight and bias need a gradient
+
+    def call(self) -> HeadCall:
+        """The checked call.
+
+        Raises:
+            ValueError: an argument that cannot be right.
+        """
+        temperature = self.temperature if self.temperatures is None else self.temperatures
+        transform = (temperature, self.logit_scale, self.logit_softcap)
+        return HeadCall(
+            self.hidden, self.weight, self.labels, self.bias, transform, self.rows, self.needs
+        )
+
+    @property
+    def run(self) -> tuple[str, str, int | None]:
+        """How it shall run."""
+        return self.backend, self.mode, self.workspace_bytes
+
+    def num_rows(self) -> int:
+        """T, of fake tensors a symbol."""
+        return math.prod(self.hidden.shape[:-1])
+
+
+OPERATOR_TAGS = (torch.Tag.cudagraph_unsafe,)
+NOTHING = (False, False, False)
+NUM_HEAD = len(HeadArguments._fields)
+
+
+def _policy_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    """Loss ``[]``, statistics ``[fields, T]``, d_hidden, d_weight fp32 and d_bias fp32 or empty."""
+    head = HeadArguments(*arguments[:NUM_HEAD])
+    num_tensors = NUM_HEAD + len(VECTORS)
+    vectors = dict(zip(VECTORS, arguments[NUM_HEAD:num_tensors], strict=True))
+    cu_seqlens, *options = arguments[num_tensors:]
+    spec = ObjectiveSpec(*options)
+    with torch.no_grad(), without_autocast(head.hidden):
+        check_objective(spec, {**vectors, "cu_seqlens": cu_seqlens})
+        call = head.call()
+        objective = call.plan_loss(head.run, vectors, spec, cu_seqlens)
+        loss, stats, gradients = _loss_and_gradients(call, objective)
+        table = torch.stack([column.to(call.dtype) for column in stats])  # [fields, T]
+        d_weight = _d_weight(call, gradients) if call.needs_weight else None
+    return loss, table, *_outputs(head, gradients.d_hidden, d_weight, gradients.d_bias)
+
+
+def _loss_and_gradients(
+    call: HeadCall, objective: Objective
+) -> tuple[Tensor, TokenStats, Gradients]:
+    """Both modes for an upstream gradient of 1, whatever the loss is multiplied with later."""
+    hidden, weight, head = call.hidden, call.weight, call.head
+    if head.plan.mode == "one_pass":
+        gradients, table = one_pass(hidden, weight, head, objective)
+        return (
+            table.column("loss").sum(),
+            call.token_stats(table.values, table.names),
+            gradients,
+        )
+    table, kept = score(hidden, weight, head)
+    logprobs, entropy, lse, is_top1 = (table.column(name) for name in OUTPUTS)
+    result = evaluate(objective.spec, objective.inputs, logprobs, entropy, lse, objective.sequences)
+    gradients = Gradients()
+    if head.needs_any:
+        gradients = backprop(hidden, weight, head, table.stats(), result.coefficients, kept)
+    stats = call.two_pass_stats(Logprobs(logprobs, entropy, lse), is_top1, result)
+    return result.loss.sum(), stats, gradients
+
+
+def _outputs(head: HeadArguments, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients in the shapes that the fake promises: empty where there is none."""
+    d_hidden, d_weight, d_bias = gradients
+    empty = head.hidden.new_empty
+    return (
+        empty(0) if d_hidden is None else d_hidden.view(head.hidden.shape),
+        empty(0) if d_weight is None else d_weight,
+        empty(0) if d_bias is None else d_bias,
+    )
+
+
+def _d_weight(call: HeadCall, gradients: Gradients) -> Tensor:  # [V, D] fp32 (fp64)
+    """d_weight from what one pass kept: a sum over groups, or the factor of one product."""
+    if gradients.d_weight is not None:
+        return gradients.d_weight
+    d_raw, counted = gradients.d_raw, call.hidden  # [n, V], [n, D]
+    assert d_raw is not None, "either the factor is kept or d_weight accumulated"
+    if call.rows is not None:
+        counted = counted.index_select(0, call.rows)
+    if d_raw.is_cuda:
+        return product(
+            d_raw.t(), counted, call.weight.new_empty(call.weight.shape, dtype=call.dtype)
+        )
+    return torch.mm(d_raw.t(), counted).to(call.dtype)  # what a CPU rounds it rounds in eager too
+
+
+def _policy_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    head = HeadArguments(*arguments[:NUM_HEAD])
+    dtype, hidden, weight = stats_dtype(head.hidden), head.hidden, head.weight
+    gradients = (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(weight.shape, dtype=dtype),
+        weight.new_empty(weight.shape[:1], dtype=dtype),
+    )
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(len(TokenStats._fields), head.num_rows(), dtype=dtype),
+        *(
+            made if is_needed else hidden.new_empty(0)
+            for made, is_needed in zip(gradients, head.needs, strict=True)
+        ),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    head = HeadArguments(*inputs[:NUM_HEAD])
+    ctx.needs, ctx.num_inputs = list(head.needs), len(inputs)
+    ctx.weight_dtype = head.weight.dtype
+    ctx.bias_dtype = head.weight.dtype if head.bias is None else head.bias.dtype
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _policy_loss_backward(ctx: Any, grad_out: Tensor | None, *_unused: None) -> tuple:
+    unused = (None,) * (ctx.num_inputs - 4)
+    if grad_out is None:
+        return None, None, None, None, *unused
+    d_hidden, d_weight, d_bias = _where(
+        ctx.needs,
+        policy_loss_backward_op(grad_out, *ctx.saved_tensors, ctx.weight_dtype, ctx.bias_dtype),
+    )
+    return d_hidden, d_weight, None, d_bias, *unused
+
+
+def _where(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    return [made if is_needed else None for made, is_needed in zip(gradients, needs, strict=True)]
+
+
+def _scale(
+    grad_out: Tensor,  # []
+    d_hidden: Tensor,  # [..., D]
+    d_weight: Tensor,  # [V, D] fp32
+    d_bias: Tensor,  # [V] fp32
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything times ``grad_out``, rounded once."""
+    return (
+        d_hidden * grad_out,
+        torch.mul(d_weight, grad_out, out=torch.empty_like(d_weight, dtype=weight_dtype)),
+        torch.mul(d_bias, grad_out, out=torch.empty_like(d_bias, dtype=bias_dtype)),
+    )
+
+
+def _scale_fake(
+    _grad_out: Tensor,
+    d_hidden: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(d_hidden),
+        torch.empty_like(d_weight, dtype=weight_dtype),
+        torch.empty_like(d_bias, dtype=bias_dtype),
+    )
+
+
+def _logprobs(*arguments: Any) -> tuple[Tensor, ...]:
+    """logprobs, entropy and lse ``[T]``, and what the gradient of a row needs ``[4, T]``."""
+    head = HeadArguments(*arguments)
+    with torch.no_grad(), without_autocast(head.hidden):
+        reason = one_pass_reason(None, is_on_policy=True) if any(head.needs) else None
+        call = head._replace(needs=NOTHING).call()  # nothing is kept here for a backward
+        call.plan(*head.run, reason)
+        table, _ = score(call.hidden, call.weight, call.head)
+        columns = [call.scatter(table.column(name)) for name in (*OUTPUTS[:3], *KEPT)]
+        return *(column.clone() for column in columns[:3]), torch.stack(columns[3:])
+
+
+def _logprobs_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    head = HeadArguments(*arguments)
+    num_rows, dtype = head.num_rows(), stats_dtype(head.hidden)
+    outputs = (head.hidden.new_empty(num_rows, dtype=dtype) for _ in range(3))
+    return *outputs, head.hidden.new_empty(len(KEPT), num_rows, dtype=dtype)
+
+
+def _keep_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.constants = inputs[6:]
+    ctx.save_for_backward(*inputs[:6], output[0], output[3])
+    ctx.mark_non_differentiable(output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _logprobs_backward(ctx: Any, *grads: Tensor | None) -> tuple:
+    *tensors, logprobs, kept = ctx.saved_tensors
+    gradients = logprobs_backward_op(*tensors, *ctx.constants, logprobs, kept, *grads[:3])
+    d_hidden, d_weight, d_bias = _where(ctx.constants[-1], gradients)
+    return d_hidden, d_weight, None, d_bias, *((None,) * (NUM_HEAD - 4))
+
+
+def _backprop(*arguments: Any) -> tuple[Tensor, ...]:
+    """d_hidden, d_weight and d_bias of a loss on the outputs of `logprobs`."""
+    head = HeadArguments(*arguments[:NUM_HEAD])
+    logprobs, kept, *grads = arguments[NUM_HEAD:]
+    with torch.no_grad(), without_autocast(head.hidden):
+        call = head.call()
+        call.plan(*head.run, one_pass_reason(None, is_on_policy=True))
+        stats = RowStats(*(call.compact(column) for column in (logprobs, *kept)))
+        g, q, l = (grad if grad is None else call.compact(grad) for grad in grads)  # noqa: E741
+        if g is None:
+            g = torch.zeros_like(stats.logprobs)
+        made = backprop(call.hidden, call.weight, call.head, stats, Coefficients(g, q, l), None)
+        d_weight, d_bias = None, made.d_bias
+        if call.needs_weight:
+            one = torch.ones((), dtype=call.dtype, device=call.hidden.device)
+            d_weight = d_weight_of(made, call.hidden, call.rows, one, call.weight.dtype)
+        if d_bias is not None and head.bias is not None:
+            d_bias = d_bias.to(head.bias.dtype)
+    return _outputs(head, made.d_hidden, d_weight, d_bias)
+
+
+def _backprop_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    head = HeadArguments(*arguments[:NUM_HEAD])
+    inputs = (head.hidden, head.weight, head.bias)
+    return tuple(
+        x.new_empty(x.shape) if is_needed and x is not None else head.hidden.new_empty(0)
+        for x, is_needed in zip(inputs, head.needs, strict=True)
+    )
+
+
+def _operator(name: str, schema: str, run: Any, fake: Any) -> Any:
+    """An operator of ours; whoever captures CUDA graphs leaves it out, as it may synchronise."""
+    made = torch.library.custom_op(
+        f"crpo_kernels::{name}", run, mutates_args=(), schema=schema, tags=OPERATOR_TAGS
+    )
+    made.register_fake(fake)
+    return made
+
+
+policy_loss_op = _operator(
+    "policy_loss",
+    f"({HEAD_SCHEMA}, {OBJECTIVE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _policy_loss,
+    _policy_loss_fake,
+)
+policy_loss_backward_op = _operator(
+    "policy_loss_backward",
+    "(Tensor grad_out, Tensor d_hidden, Tensor d_weight, Tensor d_bias, ScalarType weight_dtype, "
+    "ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)",
+    _scale,
+    _scale_fake,
+)
+logprobs_op = _operator(
+    "logprobs",
+    f"({HEAD_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _logprobs,
+    _logprobs_fake,
+)
+logprobs_backward_op = _operator(
+    "logprobs_backward",
+    f"({HEAD_SCHEMA}, Tensor logprobs, Tensor kept, Tensor? d_logprobs, Tensor? d_entropy, "
+    "Tensor? d_lse) -> (Tensor, Tensor, Tensor)",
+    _backprop,
+    _backprop_fake,
+)
+policy_loss_op.register_autograd(_policy_loss_backward, setup_context=_keep_gradients)
+logprobs_op.register_autograd(_logprobs_backward, setup_context=_keep_statistics)
