@@ -24,8 +24,9 @@ from crpo_fast.console import Reporter
 from crpo_fast.live_bytes import LABELS
 from crpo_fast.models import ModelError
 from crpo_fast.plan_model import model_maker, parameters_by_part
-from crpo_fast.plan_moments import Lengths, Moment, Rehearsal
+from crpo_fast.plan_moments import Lengths, Moment, Rehearsal, planned_backend
 from crpo_fast.session import check_ranks
+from crpo_kernels import BackendChoice
 
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
 _NOTE = (
@@ -51,6 +52,7 @@ class Plan:
     """All that is said about a run; bytes are of one rank.
 
     Attributes:
+        loss: the backend of the loss, and why it is that one.
         parameters: all, trainable, and by part of the model.
         phases: the moments of each phase.
         cpu: bytes of CPU memory, by what needs them (beside the ranks' own on a CPU).
@@ -61,6 +63,7 @@ class Plan:
     ranks: int
     device: str
     lengths: Lengths
+    loss: BackendChoice
     parameters: dict[str, int]
     phases: list[PhasePlan]
     cpu: dict[str, int]
@@ -90,6 +93,7 @@ class Plan:
             "ranks": self.ranks,
             "device": self.device,
             "lengths": dataclasses.asdict(self.lengths),
+            "loss_backend": self.loss.name,
             "parameters": self.parameters,
             "phases": [
                 {
@@ -120,8 +124,9 @@ def plan(
     Args:
         config: of the run.
         ranks: of all machines together.
-        device: "cpu" or "cuda"; on a GPU the loss keeps fp32 logits, checkpoints are gathered in
-            CPU memory, and the engine hf sizes its cache by what is free.
+        device: "cpu" or "cuda"; on a GPU the loss has the backend triton and fp32 logits,
+            checkpoints are gathered in CPU memory, and the engine hf sizes its cache by what is
+            free.
         prompt_tokens: of every prompt; 0: the limit of the config.
         completion_tokens: of every completion; 0: the limit of the config.
         limit: bytes of one GPU, for ``Plan.fits``.
@@ -136,7 +141,7 @@ def plan(
         prompt_tokens or config.data.max_prompt_tokens,
         completion_tokens or config.rollout.max_tokens,
     )
-    make_model = model_maker(config, device)
+    make_model, loss = model_maker(config, device), planned_backend(config, device)
     phases: list[PhasePlan] = []
     parameters: dict[str, int] = {}
     for index, phase in enumerate(config.phases):
@@ -152,7 +157,7 @@ def plan(
         "loading, each rank": master * parameters["all"],
         "saving, rank 0": master * (parameters["all"] + 2 * parameters["trainable"]),
     }
-    return Plan(config, ranks, device, lengths, parameters, phases, cpu, limit)
+    return Plan(config, ranks, device, lengths, loss, parameters, phases, cpu, limit)
 
 
 def parse_bytes(text: str) -> int:
@@ -198,6 +203,7 @@ def show(found: Plan, reporter: Reporter) -> None:
         f"{found.ranks} rank(s) on {found.device}, {config.model.compute_dtype} compute, "
         f"prompts of {found.lengths.prompt} tokens, completions of {found.lengths.completion}"
     )
+    reporter.line(f"loss: backend {found.loss.name} ({found.loss.reason})")
     for phase in found.phases:
         names = [n for n in LABELS if any(n in m.most for m in phase.moments)]
         most = {n: _size(max(m.most.get(n, 0) for m in phase.moments)) for n in names}

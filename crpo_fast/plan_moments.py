@@ -23,16 +23,17 @@ from crpo_fast.batch import SamplingParams
 from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.distributed import World
 from crpo_fast.live_bytes import LiveBytes, storage_bytes
-from crpo_fast.loss import LossSpec, loss_spec, micro_batch_loss
+from crpo_fast.loss import LossSpec, kernel_options, loss_spec, micro_batch_loss
 from crpo_fast.packing import MicroBatch, Sequence
 from crpo_fast.policy import HeadFunction, Policy
 from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.sampling import sample
 from crpo_fast.rollout.static import StaticEngine
-from crpo_fast.session import DTYPES
+from crpo_fast.session import DTYPES, check_loss_backend
 from crpo_fast.step import micro_batches
 from crpo_fast.task import build_grammar
 from crpo_fast.updates import update_plan
+from crpo_kernels import BackendChoice, choose_backend
 
 ModelMaker = Callable[[], Any]  # makes the initial model; called while tensors are fake
 
@@ -122,7 +123,10 @@ class Rehearsal:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         dtype = DTYPES[config.model.compute_dtype]
         master = torch.float64 if dtype == torch.float64 else torch.float32
-        self.spec: LossSpec = loss_spec(config, phase, build_grammar(config).coefs())
+        self.backend = planned_backend(config, device).name
+        options = {**kernel_options(config), "backend": self.backend}
+        spec = loss_spec(config, phase, build_grammar(config).coefs())
+        self.spec: LossSpec = replace(spec, options=tuple(options.items()))
         self.policy = self._policy(
             make_model,
             master,
@@ -289,9 +293,17 @@ class Rehearsal:
 
     @contextlib.contextmanager
     def _logits_of_a_gpu(self, batch: MicroBatch) -> Iterator[None]:
-        """A GPU keeps products in fp32 beside their bf16 gradient, a CPU one buffer for both."""
+        """A GPU keeps products in fp32 beside their bf16 gradient, a CPU one buffer for both.
+
+        The backend triton does so wherever it is planned.
+        """
         extra = 0
-        if self.device == "cuda" and self.config.model.compute_dtype == "bfloat16":
+        is_counted = self.backend == "triton"
+        if (
+            self.device == "cuda"
+            and not is_counted
+            and self.config.model.compute_dtype == "bfloat16"
+        ):
             vocab_size, dim = self.policy.model.get_output_embeddings().weight.shape
             extra = 4 * vocab_size * min(batch.labels.numel(), max(dim, 1024))
         self.bytes.hold("loss workspace", extra)
@@ -325,6 +337,17 @@ class Rehearsal:
             most.pop("activations", 0)
             most[activations] = parts[activations]
         return Moment(name, dict(+parts), dict(+most))
+
+
+def planned_backend(config: Config, device: str) -> BackendChoice:
+    """The loss's backend on ``device``, which need not be of this machine, and why it is that one.
+
+    Raises:
+        ConfigError: a backend that is asked for by name cannot run there.
+    """
+    asked, target = config.train.loss_backend, torch.device(device)
+    check_loss_backend(config, target)
+    return choose_backend(asked, target, DTYPES[config.model.compute_dtype])
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -16,9 +17,11 @@ from crpo_fast import distributed, plan
 from crpo_fast.config import ConfigError, parse_arguments
 from crpo_fast.plan_model import model_maker, parameters_by_part
 from plan_worker import measure
+from triton_tools import why_no_triton
 
 HERE = Path(__file__).resolve().parent
 CONFIG = str(HERE / "plan.toml")
+needs_triton = pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 PROMPT, COMPLETION = 80, 48  # the limits of plan.toml
 MOMENTS = ("rollout", "reference pass", "forward, backward", "optimizer")
 # untied or tied, packed or padded, bf16 or fp32, KL reference, checkpointing, accumulation, ...
@@ -64,6 +67,61 @@ def test_a_plan_is_what_a_real_step_needs(settings):
     finally:
         distributed.shutdown()
     compare(plan.plan(config), real)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "settings", ["", "--train.workspace_mib 1 --model.build.no_tie_embeddings"]
+)
+def test_buffers_of_the_backend_triton_are_those_of_a_real_step(settings, monkeypatch):
+    """Real ones are interpreted, in fp32: there, too, products are as wide as their factors."""
+    from crpo_kernels import rows_triton
+
+    plain = rows_triton.launch
+
+    def launch(*args, **kwargs):
+        plain(*args, **kwargs)
+        gc.collect()  # the interpreter's cycles hold its arguments
+
+    monkeypatch.setattr(rows_triton, "launch", launch)
+    arguments = [str(HERE / "tiny.toml"), "--train.loss_backend", "triton", *settings.split()]
+    config = parse_arguments(arguments)
+    world = distributed.init(threads=1)
+    try:
+        real = measure(config, world, 20, 12)
+    finally:
+        distributed.shutdown()
+    found = plan.plan(config, prompt_tokens=20, completion_tokens=12)
+    moments = {m.name: m for m in found.phases[-1].moments}
+    for name in ("reference pass", "forward, backward"):
+        predicted, measured = moments[name].parts["loss workspace"], real[name]["loss workspace"]
+        assert predicted == pytest.approx(measured, rel=0.03), name
+        assert moments[name].total == pytest.approx(sum(real[name].values()), rel=0.03)
+
+
+@needs_triton
+def test_a_plan_for_a_gpu_is_of_the_backend_triton(capsys):
+    """fp32 logits of the ring, bf16 gradients of a group, whatever this machine is."""
+    dim, vocab = 192, 6000
+    arguments = ["--train.token_budget", "2000", "--rollout.prompts_per_step", "5"]
+    config = parse_arguments([CONFIG, *arguments, "--rollout.group_size", "3"])
+    found = plan.plan(config, device="cuda")
+    assert found.loss.name == "triton"
+    assert found.loss.reason.endswith(" on a GPU")
+    rows = 15 * COMPLETION  # one micro-batch
+    assert rows < 1024 < 4 * dim / 2 + 2048  # all rows in the ring, dZ of all rows is kept
+    step = next(m for m in found.phases[0].moments if m.name == "forward, backward")
+    buffers = (4 + 2) * rows * vocab
+    assert (
+        buffers <= step.most["loss workspace"] <= 1.03 * buffers + 8 * rows * dim + 4 * vocab * dim
+    )
+    assert plan.main([CONFIG, "--device", "cuda", "--gpu-mem", "24GB"]) == 0
+    assert "loss: backend triton (Triton " in capsys.readouterr().out
+    assert plan.main([CONFIG, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss_backend"] == "torch"
+    double = ["--model.compute_dtype", "float64", "--train.loss_backend", "triton"]
+    assert plan.main([CONFIG, "--device", "cuda", "--gpu-mem", "24GB", *double]) == 2
+    assert "train.loss_backend: expected auto, torch or dense" in capsys.readouterr().err
 
 
 @pytest.mark.multirank

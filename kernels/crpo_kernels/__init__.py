@@ -11,17 +11,19 @@ Needs torch and nothing else.
 """
 
 from .api import linear_logprobs, linear_policy_loss
-from .dispatch import unsupported_reason
+from .dispatch import BackendChoice, choose_backend, unsupported_reason
 from .explain import explain_choice
 from .spec import IGNORE_INDEX, Logprobs, ObjectiveSpec, TokenStats
 from .weights import aggregation_weights, stage_entropy_weights
 
 __all__ = [
     "IGNORE_INDEX",
+    "BackendChoice",
     "Logprobs",
     "ObjectiveSpec",
     "TokenStats",
     "aggregation_weights",
+    "choose_backend",
     "explain_choice",
     "linear_logprobs",
     "linear_policy_loss",

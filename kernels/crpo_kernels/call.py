@@ -166,7 +166,10 @@ class HeadCall:
             ValueError: an unknown name, or a backend or mode that cannot run, with the reason.
         """
         check_workspace(workspace_bytes)
-        choice = choose_backend(backend, self.hidden.device, self.hidden.dtype)
+        choice = choose_backend(
+            backend, self.hidden.device, self.hidden.dtype,
+            is_fake=hasattr(self.hidden, "fake_mode"),
+        )  # fmt: skip
         num_rows = self.labels.numel()
         eager_reason = uncompiled_reason(self.hidden, num_rows, self.weight.shape[0])
         sizes = {

@@ -63,23 +63,28 @@ def unsupported_reason(backend: str, device: torch.device, dtype: torch.dtype) -
     return None if obstacle is None else obstacle.reason
 
 
-def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> Obstacle | None:
+def _obstacle(
+    backend: str, device: torch.device, dtype: torch.dtype, *, is_fake: bool = False
+) -> Obstacle | None:
     check_choice("backend", backend, BACKENDS)
-    return triton_obstacle(device, dtype) if backend == "triton" else None
+    return triton_obstacle(device, dtype, is_fake=is_fake) if backend == "triton" else None
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> BackendChoice:
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, *, is_fake: bool = False
+) -> BackendChoice:
     """The backend that runs; ``auto`` is triton where it can run, else torch.
 
     Args:
         backend: as in the call.
         device: of hidden and weight.
         dtype: of hidden and weight.
+        is_fake: they are fake tensors; a backend that is asked for by name is only planned.
 
     Raises:
         ValueError: an unknown name, or triton where it cannot run, with the reason.
     """
-    obstacle = _obstacle(backend, device, dtype)
+    obstacle = _obstacle(backend, device, dtype, is_fake=is_fake)
     if obstacle is not None:
         raise ValueError(
             f"backend: expected 'auto', 'torch' or 'dense' here, got 'triton': {obstacle.reason}. "

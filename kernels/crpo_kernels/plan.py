@@ -133,7 +133,9 @@ def make_room(
     """
     least = one_row_bytes(hidden, weight, backend)
     workspace = (
-        max(least, default_workspace(weight)) if workspace_bytes is None else workspace_bytes
+        max(least, default_workspace(weight, backend))
+        if workspace_bytes is None
+        else workspace_bytes
     )
     if workspace < least:
         raise ValueError(
@@ -161,7 +163,7 @@ def make_room(
         available -= blocks + slab_rows * dim * stats_item
         row = RowBytes(0, vocab_size * item + 2 * dim * item)
     return Room(
-        num_rows, vocab_size, dim, item, has_buffer, hidden.device.type != "cpu", workspace,
+        num_rows, vocab_size, dim, item, has_buffer, is_for_gpu(hidden, backend), workspace,
         available, row, most_kept, block_rows, slab_rows,
     )  # fmt: skip
 
@@ -266,13 +268,23 @@ def is_separate(hidden: Tensor, backend: str) -> bool:
     return backend == "triton" or raw_dtype(hidden, backend) != hidden.dtype
 
 
-def default_workspace(weight: Tensor) -> int:
+def is_for_gpu(tensor: Tensor, backend: str) -> bool:
+    """Whether sizes are chosen as for a GPU."""
+    return tensor.device.type != "cpu" or is_planned_gpu(tensor, backend)
+
+
+def is_planned_gpu(tensor: Tensor, backend: str) -> bool:
+    """A fake tensor of the backend triton stands for one on a GPU, wherever it says that it is."""
+    return backend == "triton" and hasattr(tensor, "fake_mode")
+
+
+def default_workspace(weight: Tensor, backend: str = "torch") -> int:
     """1 GiB on a CPU; on a GPU 4 V D bytes, the ring and a group, or half of what is free if less.
 
     Free is what the driver has and what torch's allocator holds unused. While a CUDA graph is
     captured, and of a fake tensor (who plans wants shapes), nothing is asked: all is free.
     """
-    if weight.device.type != "cuda":
+    if weight.device.type != "cuda" and not is_planned_gpu(weight, backend):
         return CPU_WORKSPACE_BYTES
     wanted = 4 * weight.numel() + 8 * RING_ROWS * padded(weight.shape[0])
     if hasattr(weight, "fake_mode") or torch.cuda.is_current_stream_capturing():

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 
+def is_wide(factor: Tensor) -> bool:
+    """Whether products may be wider than their factors; a fake tensor stands for one on a GPU."""
+    return factor.is_cuda or hasattr(factor, "fake_mode")
+
+
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``a @ b`` into ``out``, which may be wider than the factors."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if a.is_cuda:
+    if is_wide(a):
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
@@ -23,6 +28,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``total += a @ b`` for factors that may be narrower than ``total``."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b)
-    if a.is_cuda:
+    if is_wide(a):
         return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     return total.addmm_(a.to(total.dtype), b.to(total.dtype))

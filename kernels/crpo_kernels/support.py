@@ -31,8 +31,13 @@ class Obstacle(NamedTuple):
     remedy: str
 
 
-def triton_obstacle(device: torch.device, dtype: torch.dtype) -> Obstacle | None:
-    """What keeps the Triton kernels from running on tensors of this device and dtype, or None."""
+def triton_obstacle(
+    device: torch.device, dtype: torch.dtype, *, is_fake: bool = False
+) -> Obstacle | None:
+    """What keeps the Triton kernels from running on tensors of this device and dtype, or None.
+
+    On fake tensors, on which memory is planned, no kernel runs: any device will do.
+    """
     version = triton_version()
     if version is None:
         return Obstacle("Triton is not installed", "Type pip install 'triton>=3.6'")
@@ -51,6 +56,8 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> Obstacle | None
             f"the kernels take bfloat16 and float32, hidden is {dtype}",
             "Pass bfloat16 or float32 tensors",
         )
+    if is_fake:
+        return None
     if device.type == "cuda":
         return _gpu_obstacle(device)
     if device.type != "cpu":
