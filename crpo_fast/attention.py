@@ -10,7 +10,6 @@ After importing this module, models load with ``attn_implementation="sdpa_packed
 
 from __future__ import annotations
 
-import weakref
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -18,24 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["SDPA_PACKED", "choose_attention", "sequence_lengths"]
+__all__ = ["SDPA_PACKED", "choose_attention", "moved", "sequence_lengths"]
 
 SDPA_PACKED = "sdpa_packed"
 
 
-def choose_attention(requested: str = "auto", device: str = "cpu") -> tuple[str, str]:
+def choose_attention(
+    requested: str = "auto", device: str = "cpu", compute_dtype: str = "bfloat16"
+) -> tuple[str, str]:
     """Returns the attention implementation and the reason for it.
 
-    ``auto`` is the newest installed flash attention on CUDA, ``sdpa_packed`` everywhere else.
+    ``auto`` is the newest installed flash attention on CUDA where ``compute_dtype`` (of the config)
+    is one that it takes, ``sdpa_packed`` everywhere else.
     """
     if requested != "auto":
         return requested, "asked for by model.attention"
     if not device.startswith("cuda"):
         return SDPA_PACKED, f"sdpa, as flash attention does not run on {device}"
+    if compute_dtype != "bfloat16":
+        return SDPA_PACKED, f"sdpa, as flash attention takes bfloat16 and not {compute_dtype}"
     for version, package in ((3, "flash_attn_3"), (2, "flash_attn")):
         if find_spec(package) is not None:
             return f"flash_attention_{version}", f"the package {package} is installed"
@@ -95,24 +100,29 @@ def _decode(
     return (scores.softmax(-1).to(value.dtype) @ value).reshape(batch, 1, heads, dim)
 
 
-_last: tuple[weakref.ref[Tensor], int, list[int]] | None = None
+_known = WeakTensorKeyDictionary()  # position ids -> (their version, lengths)
 
 
 def sequence_lengths(position_ids: Tensor) -> list[int]:
     """Lengths of the sequences in ``position_ids`` [1, T]: one ends where they do not count on.
 
-    All layers of a forward ask with the same tensor; the last answer is kept, so that a forward
-    waits for the device once.
+    All layers of a forward ask with the same tensor; answers are kept as long as their tensors, so
+    that a forward waits for the device once, and never where ``moved`` has told the answer.
     """
-    global _last
-    if _last is not None and _last[0]() is position_ids and _last[1] == position_ids._version:
-        return _last[2]
+    found = _known.get(position_ids)
+    if found is not None and found[0] == position_ids._version:
+        return found[1]
     row = position_ids[0]
     starts = (row[1:] != row[:-1] + 1).nonzero().squeeze(1) + 1
     bounds = [0, *starts.tolist(), row.shape[0]]
     lengths = [end - start for start, end in pairwise(bounds)]
-    _last = (weakref.ref(position_ids), position_ids._version, lengths)
+    _known[position_ids] = (position_ids._version, lengths)
     return lengths
+
+
+def moved(position_ids: Tensor, copy: Tensor) -> None:
+    """``copy`` is ``position_ids`` [1, T] on a device: what the host knows need not be asked."""
+    _known[copy] = (copy._version, sequence_lengths(position_ids))
 
 
 def _mask(

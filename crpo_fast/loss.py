@@ -272,6 +272,7 @@ def micro_batch_loss(policy: Any, batch: MicroBatch, spec: LossSpec) -> tuple[Te
             ref_logprobs=v.get("ref_logprobs"),
             spec=spec.objective,
             cu_seqlens=batch.cu_seqlens,
+            rows=range(batch.labels.numel()),  # all count: nobody has to ask a GPU
             temperature=spec.temperature,
             **head,
             **dict(spec.options),

@@ -21,10 +21,12 @@ Metrics = dict[str, float | None]  # of a step; None: the mean or extreme of not
 class Sums:
     """Means as (sum, count) pairs, totals, and extremes, by name.
 
-    Averages are formed once, after the reduction over ranks and over the updates of a step.
+    Averages are formed once, after the reduction over ranks and over the updates of a step. What
+    is added from a device waits there until something is asked: then all of it is read at once.
     """
 
     def __init__(self) -> None:
+        self._waiting: list[tuple[str, str, list[Tensor]]] = []  # kind, name, scalars of a device
         self._pairs: dict[str, list[float]] = {}
         self._totals: dict[str, float] = {}
         self._peaks: dict[str, float] = {}  # a minimum as the maximum of the negative values
@@ -32,6 +34,9 @@ class Sums:
     def add(self, name: str, total: float | Tensor, count: float | Tensor) -> None:
         """Add ``total`` over ``count`` things to the mean ``name``."""
         pair = self._pairs.setdefault(name, [0.0, 0.0])
+        if device := _device_of(total, count):
+            self._waiting.append(("mean", name, [_scalar(total, device), _scalar(count, device)]))
+            return
         pair[0] += float(total)
         pair[1] += float(count)
 
@@ -43,15 +48,35 @@ class Sums:
         """Let ``values``, of any number, count for ``<name>/max`` (and ``<name>/min``)."""
         signs = {f"{name}/max": 1.0, **({f"{name}/min": -1.0} if minimum else {})}
         for key, sign in signs.items():
-            peak = float((sign * values).max()) if values.numel() else -math.inf
-            self._peaks[key] = _larger(self._peaks.get(key, -math.inf), peak)
+            before = self._peaks.setdefault(key, -math.inf)
+            if not values.numel():
+                continue
+            peak = (sign * values).max()
+            if device := _device_of(peak):
+                self._waiting.append(("peak", key, [_scalar(peak, device)]))
+            else:
+                self._peaks[key] = _larger(before, float(peak))
+
+    def _settle(self) -> None:
+        """Read what waits on the device: one transfer, which waits for the device."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        values = iter(torch.stack([x for _, _, scalars in waiting for x in scalars]).tolist())
+        for kind, name, _ in waiting:
+            if kind == "peak":
+                self._peaks[name] = _larger(self._peaks[name], next(values))
+            else:
+                self.add(name, next(values), next(values))
 
     def count(self, name: str) -> float:
         """The count behind the mean ``name``; 0 where there is none."""
+        self._settle()
         return self._pairs.get(name, [0.0, 0.0])[1]
 
     def total(self, name: str) -> float:
         """The sum behind the mean ``name``; 0 where there is none."""
+        self._settle()
         return self._pairs.get(name, [0.0, 0.0])[0]
 
     def reduced(
@@ -65,6 +90,7 @@ class Sums:
             all_sum: sums a tensor over ranks (called once).
             all_max: by name the largest value of any rank (called where there are extremes).
         """
+        self._settle()
         names, totals = sorted(self._pairs), sorted(self._totals)
         checksum = zlib.crc32("\n".join([*names, "", *totals]).encode())
         values = [x for n in names for x in self._pairs[n]] + [self._totals[n] for n in totals]
@@ -80,6 +106,7 @@ class Sums:
 
     def merge(self, other: Sums) -> None:
         """Add what ``other`` holds."""
+        other._settle()
         for name, (total, count) in other._pairs.items():
             self.add(name, total, count)
         for name, value in other._totals.items():
@@ -90,12 +117,26 @@ class Sums:
     def means(self, all_sum: Callable[[Tensor], Tensor] | None = None) -> Metrics:
         """Means and extremes (None where nothing was seen: 0 is a value) and totals by name."""
         sums = self if all_sum is None else self.reduced(all_sum)
+        sums._settle()
         found: Metrics = {n: t / c if c else None for n, (t, c) in sorted(sums._pairs.items())}
         found |= sums._totals
         for name, peak in sums._peaks.items():
             sign = -1.0 if name.endswith("/min") else 1.0
             found[name] = None if peak == -math.inf else sign * peak
         return found
+
+
+def _device_of(*values: float | Tensor) -> torch.device | None:
+    """The device that holds one of ``values``; None where the host has all of them."""
+    found = (x.device for x in values if isinstance(x, Tensor) and x.device.type != "cpu")
+    return next(found, None)
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """``value`` as fp64 on ``device``, without waiting for it."""
+    if isinstance(value, Tensor) and value.device == device:
+        return value.detach().to(torch.float64).reshape(())
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
 def _larger(a: float, b: float) -> float:

@@ -45,8 +45,8 @@ def add_mismatch(
         _SQUARE: rho.square(),
         "rho/cut": _is_cut(rho, objective).double(),
     }
-    totals = torch.stack(list(found.values())).sum(1).tolist()  # one transfer from a GPU
-    for name, total in zip(found, totals, strict=True):
+    totals = torch.stack(list(found.values())).sum(1)
+    for name, total in zip(found, totals.unbind(), strict=True):
         sums.add(name, total, count)
     sums.add_extremes("mismatch", log_rho.abs())
     sums.add_extremes("rho", rho, minimum=True)

@@ -49,8 +49,9 @@ class Policy:
         """[R] fp32 logprobs of the labels, nats; no gradients, and no stale weights after it."""
 
         def compute(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
+            rows = range(batch.labels.numel())  # all count: nobody has to ask a GPU
             out = linear_logprobs(
-                hidden, weight, batch.labels, temperature=temperature, **head, **options
+                hidden, weight, batch.labels, rows=rows, temperature=temperature, **head, **options
             )
             return out.logprobs
 

@@ -104,6 +104,7 @@ def _head(session: Session, batch: MicroBatch) -> Tensor:
             hidden,
             weight,
             batch.labels,
+            rows=range(batch.labels.numel()),
             temperature=config.rollout.temperature,
             **kernel_options(config),
             **head,

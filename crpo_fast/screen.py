@@ -43,7 +43,10 @@ def _version(name: str) -> str:
 def rows(session: Session, folder: RunFolder, resume: Resume) -> list[Row]:
     """Labels and values, in the order in which they are read."""
     config, world = session.config, session.world
-    attention, why = models.choose_attention(config.model.attention, world.device.type)
+    settings = config.model
+    attention, why = models.choose_attention(
+        settings.attention, world.device.type, settings.compute_dtype
+    )
     choice, passes = _loss_choice(session)
     found = [
         ("run", f"{folder.path}, seed {config.seed}, {_where_it_stands(resume)}"),

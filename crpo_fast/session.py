@@ -167,7 +167,9 @@ def _source(
     """(function that makes the initial model in the master dtype, tokenizer)."""
     settings = config.model
     master = torch.float64 if settings.compute_dtype == "float64" else torch.float32
-    attention, _ = models.choose_attention(settings.attention, world.device.type)
+    attention, _ = models.choose_attention(
+        settings.attention, world.device.type, settings.compute_dtype
+    )
     if settings.path:
         models.check_model(settings.path)
         tokenizer = models.load_tokenizer(settings.path)

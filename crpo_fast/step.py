@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crpo_fast import distributed
+from crpo_fast import attention, distributed
 from crpo_fast.loss import LossSpec, flat_vectors, micro_batch_loss
 from crpo_fast.metrics import Metrics, Sums
 from crpo_fast.mismatch import add_mismatch
@@ -47,7 +47,7 @@ def micro_batches(
     empty = {name: None if v is None else v[:0] for name, v in flat.items()}
     missing = max(1, distributed.all_max(len(batches), world)) - len(batches)
     batches += [dummy(layout).attach(**empty) for _ in range(missing)]
-    batches = [b.to(world.device) for b in batches]
+    batches = [_on_device(b, world.device) for b in batches]
     if reference is None:
         return batches
     options = dict(spec.options)
@@ -56,6 +56,13 @@ def micro_batches(
             b.with_vectors(ref_logprobs=reference.logprobs(b, spec.temperature, **options))
             for b in batches
         ]
+
+
+def _on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    copy = batch.to(device)
+    if copy.position_ids is not batch.position_ids and len(batch.position_ids) == 1:
+        attention.moved(batch.position_ids, copy.position_ids)
+    return copy
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Update:
 def accumulate(
     policy: Policy, batches: list[MicroBatch], spec: LossSpec, trace: TokenTrace | None = None
 ) -> tuple[float, Sums, list[Tensor]]:
-    """Forward and backward of all micro-batches.
+    """Forward and backward of all micro-batches; the host reads the device once, at their end.
 
     The loss already carries the global denominators and the data-parallel size: nothing is divided
     here.
@@ -99,19 +106,19 @@ def accumulate(
     Returns:
         this rank's loss, its metrics, and the logprobs of each micro-batch's rows.
     """
-    sums, total, logprobs = Sums(), 0.0, []
+    sums, losses, logprobs = Sums(), [], []
     for i, batch in enumerate(batches):
         distributed.set_gradient_sync(policy.model, i == len(batches) - 1)
         with timer("forward"):
             loss, stats = micro_batch_loss(policy, batch, spec)
         with timer("backward"):
             loss.backward()
-        total += float(loss.detach())
+        losses.append(loss.detach())
         logprobs.append(stats.logprobs)
         _add_stats(sums, stats, batch, spec)
         if trace is not None:
             trace.add(batch, stats, policy.world.size)
-    return total, sums, logprobs
+    return sum(torch.stack(losses).tolist()), sums, logprobs
 
 
 def optimizer_step(

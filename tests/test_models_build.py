@@ -157,6 +157,8 @@ def test_choice_of_attention(monkeypatch):
     assert choose_attention("auto", "cuda:0")[0] == "flash_attention_2"
     present.add("flash_attn_3")
     assert choose_attention("auto", "cuda:0")[0] == "flash_attention_3"
+    name, reason = choose_attention("auto", "cuda", "float32")  # which flash attention refuses
+    assert (name, "takes bfloat16 and not float32" in reason) == ("sdpa_packed", True)
     present.clear()
     name, reason = choose_attention("auto", "cuda:0")
     assert name == "sdpa_packed"

@@ -81,7 +81,8 @@ def check_plain(name: str, tensor: object) -> None:
         raise ValueError(
             f"{name}: expected a plain Tensor, got a DTensor with placements {tensor.placements}. "
             "Call the loss inside the forward of the module that owns it, where FSDP2 has gathered "
-            f"its parameters, or pass {name}.full_tensor()."
+            f"its parameters. {name}.full_tensor() does where nothing needs a gradient, and there "
+            "alone: it does not add up the ranks' gradients."
         )
 
 
@@ -216,11 +217,16 @@ def check_scale(logit_scale: float, logit_softcap: float | None) -> None:
 def counted_rows(rows: Tensor | Sequence[int] | None, labels: Tensor) -> Tensor | None:  # [n]
     """Indices of the rows that count, None when all do. Without ``rows`` a GPU synchronises here.
 
+    ``range(T)`` says that all count, without a copy of them.
+
     Raises:
         ValueError: no indices; beyond T or twice (where the host has them); none while a CUDA
             graph is captured.
     """
-    if rows is None:
+    is_all = isinstance(rows, range) and rows == range(labels.numel())
+    if is_all and not is_readable(labels):
+        return None
+    if rows is None or (is_all and labels.device.type == "cpu"):
         check_not_capturing(
             labels.device,
             "rows: expected a tensor of indices while a CUDA graph is captured, got None, which "
