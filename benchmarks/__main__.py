@@ -13,6 +13,7 @@ import sys
 
 COMMANDS = {
     "compile-gate": "compile every Triton kernel for GPUs that are not here; 1 when one fails",
+    "gpu-gate": "correctness, memory and the targets' table on one GPU; --rehearse on a CPU",
     "loss": "the fused loss beside its floor and its peers",
     "quickstart": "the main job over seeds beside its rivals",
     "record": "keep the result of a finished run",

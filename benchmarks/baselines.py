@@ -54,6 +54,7 @@ class Candidate:
         has_errors: its errors are measured; not where that would generate code of its own.
         needs: distribution that must be installed, or None.
         note: what a reader must know.
+        obstacle: why it is not run in this run, or "".
     """
 
     key: str
@@ -66,6 +67,7 @@ class Candidate:
     has_errors: bool = True
     needs: str | None = None
     note: str = ""
+    obstacle: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -83,6 +85,8 @@ class Candidate:
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
+        if self.obstacle:
+            return self.obstacle
         if self.needs is None or importlib.util.find_spec(self.needs) is not None:
             return None
         return f"{self.needs} is not installed"
@@ -150,17 +154,22 @@ class BareProducts:
 
 
 def fused(
-    mode: str, backend: str = "auto", bytes_per_logit: int | None = None
+    mode: str,
+    backend: str = "auto",
+    bytes_per_logit: int | None = None,
+    workspace_bytes: int | None = None,
 ) -> Callable[[Inputs], Result]:
-    """Our loss in one of its modes; ``bytes_per_logit`` T V is its workspace, else the default."""
+    """Our loss in one of its modes; its workspace is given, or ``bytes_per_logit`` T V bytes."""
 
     def step(inputs: Inputs) -> Result:
-        logits = inputs.labels.numel() * inputs.weight.shape[0]
+        workspace = workspace_bytes
+        if bytes_per_logit is not None:
+            workspace = bytes_per_logit * inputs.labels.numel() * inputs.weight.shape[0]
         loss, stats = ck.linear_policy_loss(
             **policy_arguments(inputs),
             backend=backend,
             mode=mode,
-            workspace_bytes=None if bytes_per_logit is None else bytes_per_logit * logits,
+            workspace_bytes=workspace,
         )
         return Result(loss, *gradients(loss, inputs), stats.logprobs, stats.entropy)
 

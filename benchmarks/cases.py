@@ -73,20 +73,17 @@ class Inputs:
         }
         return replace(self, **copies)
 
+    def take(self, rows: slice, scale: float = 1.0) -> Inputs:
+        """Some rows alone, their weights times ``scale``."""
+        names = ("hidden", "labels", "advantages", "ref_logprobs")
+        taken = {name: getattr(self, name)[rows] for name in names}
+        weights = ("token_weights", "entropy_weights")
+        taken |= {name: getattr(self, name)[rows] * scale for name in weights}
+        return replace(self, **taken)
+
     def first(self, num_rows: int) -> Inputs:
         """The first rows alone, with weights that sum to the same."""
-        scale = self.labels.numel() / num_rows
-        return Inputs(
-            self.case,
-            self.hidden[:num_rows],
-            self.weight,
-            self.labels[:num_rows],
-            self.advantages[:num_rows],
-            self.token_weights[:num_rows] * scale,
-            self.entropy_weights[:num_rows] * scale,
-            self.ref_logprobs[:num_rows],
-            self.on_backward,
-        )
+        return self.take(slice(0, num_rows), self.labels.numel() / num_rows)
 
 
 def make_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:

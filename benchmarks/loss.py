@@ -71,6 +71,8 @@ def run_loss(options: argparse.Namespace, command: str) -> dict:
     torch.set_num_threads(options.threads)
     case, device = chosen_case(options), torch.device(options.device)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
         lists = (all_gradients, frozen_head, scoring)
         candidates = [c for make in lists for c in make("auto", has_fp32_out=True)]
     else:

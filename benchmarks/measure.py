@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import torch
 from .baselines import FLOORS, NAIVE, Candidate
 from .cases import Case, Inputs, make_inputs
 from .clock import Clock, measure_seconds
+from .gpu_report import LATE
 from .output import say
 from .timing import errors, exact_result, memory_of, summary
 
@@ -86,8 +88,8 @@ def measure(
         if candidate.key in found.missing:
             continue
         if is_late():
-            found.missing[candidate.key] = "dropped for lack of time"
-            say(f"{candidate.title}: dropped for lack of time")
+            found.missing[candidate.key] = LATE
+            say(f"{candidate.title}: {LATE}")
             continue
         try:
             say(f"errors and memory: {candidate.title}")
@@ -101,12 +103,20 @@ def measure(
                 raise
             found.missing[candidate.key] = f"{type(error).__name__}: {str(error)[:200]}"
             say(f"{candidate.title} cannot run: {found.missing[candidate.key]}")
+        release(clock.device)
     present = [candidate for candidate in candidates if candidate.key not in found.missing]
-    found.seconds = measure_seconds(present, inputs, say, clock, rounds)
+    found.seconds = measure_seconds(present, inputs, say, clock, rounds, is_late)
     return summarized(case, candidates, found) | {
         "entropy_quantiles": quantiles(truths[True].entropy),
         "error_rows": few.labels.numel(),
     }
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back: what one candidate leaves must not fail the next."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def prepare(candidate: Candidate, inputs: Inputs, clock: Clock) -> dict[str, int]:

@@ -39,13 +39,16 @@ def cells(row: dict, *, is_gpu: bool) -> list[str]:
     scale, digits = (2**20, 0) if is_gpu else (1e9, 2)
     is_floor = row["key"].startswith("products")
     sizes = [row["extra_bytes"], *([row["workspace_bytes"]] if is_gpu else [])]
-    return [
-        row["title"] + (f" {row['version']}" if row.get("version") else ""),
+    times = [
         f"{1e3 * seconds:.2f}" if is_gpu else f"{seconds:.2f}",
         _ratio(ratio),
         "-" if ratio is None else f"{100 / ratio:.0f}",
         *([_ratio(row.get("over_products_fp32"))] if is_gpu else []),
         _ratio(row.get("over_naive")),
+    ]
+    return [
+        row["title"] + (f" {row['version']}" if row.get("version") else ""),
+        *("-" if row.get("has_no_claim") else time for time in times),
         *("-" if is_floor else f"{size / scale:.{digits}f}" for size in sizes),
         _error(found.get("d_weight_rel_rms")),
         _error(found.get("d_hidden_rel_rms")),
@@ -119,11 +122,14 @@ def page(report: dict) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+MET = {True: "yes", False: "**no**", None: "no claim"}
+
+
 def target_table(targets: list[dict]) -> str:
     """Limits and what was measured."""
     lines = [
-        f"| {target['text']} | {target['limit']} | {target['value']:.2f} | "
-        f"{'yes' if target['met'] else '**no**'} |"
+        f"| {target['text']} | {target['limit']} | "
+        f"{'-' if target['met'] is None else round(target['value'], 2)} | {MET[target['met']]} |"
         for target in targets
     ]
     return "\n".join(["| target | limit | measured | met |", "| --- | --- | --- | --- |", *lines])

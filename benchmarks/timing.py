@@ -20,6 +20,7 @@ from .cases import Inputs
 from .memory import counting
 
 ROOT = Path(__file__).resolve().parent.parent
+SLAB = 1 << 14  # rows of the head that are fp64 at once
 
 
 def memory_of(candidate: Candidate, inputs: Inputs) -> dict[str, int]:
@@ -44,18 +45,30 @@ def memory_of(candidate: Candidate, inputs: Inputs) -> dict[str, int]:
 
 
 def exact_result(inputs: Inputs, columns: Tensor, with_entropy: bool) -> Result:
-    """Everything in fp64 for a few rows; d_weight only of the vocabulary's ``columns``."""
-    hidden = inputs.hidden.detach().double().requires_grad_()
-    raw = hidden @ inputs.weight.detach().double().t()  # [t, V]
-    raw.retain_grad()
+    """Everything in fp64 for a few rows; d_weight only of the vocabulary's ``columns``.
+
+    The weight becomes fp64 in slabs: memory is some fp64 [T, V], whatever D is.
+    """
+    hidden, weight = inputs.hidden.detach().double(), inputs.weight.detach()
+    raw = exact_logits(hidden, weight).requires_grad_()  # [t, V]
     log_p = (raw / inputs.case.temperature).log_softmax(1)
     logprobs = log_p.gather(1, inputs.labels.unsqueeze(1)).squeeze(1)
     entropy = -(log_p.exp() * log_p).sum(1)
     loss = objective(inputs, logprobs, entropy if with_entropy else None)
-    loss.backward()
-    assert raw.grad is not None, "retained above"
-    d_weight = raw.grad[:, columns].t() @ hidden.detach()
-    return Result(loss.detach(), hidden.grad, d_weight, logprobs.detach(), entropy.detach())
+    (d_raw,) = torch.autograd.grad(loss, raw)
+    d_hidden = torch.zeros_like(hidden)
+    for first in range(0, weight.shape[0], SLAB):
+        d_hidden.addmm_(d_raw[:, first : first + SLAB], weight[first : first + SLAB].double())
+    d_weight = d_raw[:, columns].t() @ hidden
+    return Result(loss.detach(), d_hidden, d_weight, logprobs.detach(), entropy.detach())
+
+
+def exact_logits(hidden: Tensor, weight: Tensor) -> Tensor:  # [T, V]
+    """``hidden`` ``[T, D]`` in fp64 times the head ``[V, D]`` of any dtype."""
+    raw = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    for first in range(0, weight.shape[0], SLAB):
+        raw[:, first : first + SLAB] = hidden @ weight[first : first + SLAB].double().t()
+    return raw
 
 
 def errors(candidate: Candidate, inputs: Inputs, truth: Result, columns: Tensor) -> dict:

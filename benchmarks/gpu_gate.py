@@ -1,0 +1,215 @@
+"""The gate of one GPU: correctness, precision, memory, graphs, then the targets' table.
+
+    python -m benchmarks gpu-gate --json out.json       on a CUDA or ROCm device, under 9 minutes
+    python -m benchmarks gpu-gate --rehearse            on a CPU: every part, tiny, interpreted
+
+Exit status: 0 all checks hold, 1 one failed or time was too short for one (a missed time target
+alone only with --gate), 2 it cannot run here. The JSON is written after each part, so that a run
+that is cut short leaves what it found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crpo_kernels.dispatch import unsupported_reason
+
+from . import gpu_behaviour, gpu_precision, gpu_table, plot
+from .gpu_report import LATE, OutOfTime, Part, at_most_seconds, plain
+from .gpu_scale import Scale, real_scale, rehearsal_scale
+from .gpu_table import NO_CLAIM
+from .output import say, write_json
+from .timing import gpu_name, machine
+
+TOTAL_SECONDS = 510  # of the nine minutes; the rest is start and end
+GRACE = 20  # seconds that a part may go on when it has begun something
+INTERPRETER = "TRITON_INTERPRET"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part of the gate: what it runs, its share of the time, and whether it must be complete."""
+
+    run: Callable[[Part, Scale], None]
+    seconds: float
+    is_vital: bool = True
+
+
+ENTRIES = {
+    "ceilings": Entry(gpu_table.ceilings, 20, is_vital=False),
+    "precision": Entry(gpu_precision.precision, 60),
+    "wrap": Entry(gpu_behaviour.wrap, 50),
+    "nan": Entry(gpu_behaviour.nan, 30),
+    "repeatability": Entry(gpu_behaviour.repeatability, 20),
+    "memory": Entry(gpu_behaviour.memory, 20),
+    "graphs": Entry(gpu_behaviour.graphs, 20),
+    "options": Entry(gpu_precision.options, 40),
+    "presets": Entry(gpu_precision.presets, 100),
+    "table": Entry(gpu_table.table, 240, is_vital=False),
+    "sweep": Entry(gpu_table.sweep, 90, is_vital=False),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--json", type=Path, help="result file; without it nothing is written")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, interpreted, tiny")
+    parser.add_argument("--only", nargs="+", choices=list(ENTRIES), help="parts to run")
+    parser.add_argument("--sweep", action="store_true", help="also other tiles, warps and chunks")
+    parser.add_argument("--gate", action="store_true", help="exit 1 when a time target is missed")
+    parser.add_argument(
+        "--seconds", type=float, default=TOTAL_SECONDS, help=f"in all (default {TOTAL_SECONDS})"
+    )
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Run the parts, print and write what they found."""
+    if options.rehearse and os.environ.get(INTERPRETER) != "1":
+        return rehearse_in_a_process(command)
+    if not options.rehearse and not torch.cuda.is_available():
+        print(
+            f"gpu-gate: expected a CUDA or ROCm device, got none (torch {torch.__version__} sees "
+            "no device). Type python -m benchmarks gpu-gate --rehearse to run every part on this "
+            "CPU, tiny and without any claim about time."
+        )
+        return 2
+    device = torch.device("cpu")
+    if not options.rehearse:
+        device = torch.device("cuda", torch.cuda.current_device())
+    reason = unsupported_reason("triton", device, torch.float32)
+    if reason is not None:
+        print(f"gpu-gate: expected backend triton to run on {device}, got: {reason}.")
+        return 2
+    scale = rehearsal_scale() if options.rehearse else real_scale(device)
+    names = options.only or [name for name in ENTRIES if name != "sweep" or options.sweep]
+    report = run_parts(names, scale, options, command)
+    print(page(report))
+    missed = [t for found in tables(report) for t in found["targets"] if t["met"] is False]
+    has_failed = any(part["has_failed"] for part in report["parts"].values())
+    return 1 if has_failed or (options.gate and missed) else 0
+
+
+def rehearse_in_a_process(command: str) -> int:
+    """The same command where Triton's functions are interpreted from their import on."""
+    environment = {
+        **os.environ,
+        INTERPRETER: "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    return subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], env=environment, check=False
+    ).returncode
+
+
+def run_parts(names: list[str], scale: Scale, options: argparse.Namespace, command: str) -> dict:
+    """All parts within the time; the report."""
+    begin = time.monotonic()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if scale.device.type == "cuda":
+        torch.cuda.init()
+    report: dict[str, Any] = {
+        "command": command,
+        "note": NO_CLAIM if scale.is_rehearsal else "",
+        "machine": machine(scale.device),
+        "parts": {},
+    }
+    ordered = [name for name in ENTRIES if name in names]
+    for name in ordered:
+        left = options.seconds - (time.monotonic() - begin)
+        part = run_part(name, scale, left)
+        report["parts"][name] = part.record()
+        report["seconds"] = round(time.monotonic() - begin, 1)
+        say(f"{part.line()} ({time.monotonic() - part.begin:.1f} s)")
+        if options.json is not None:
+            write_json(options.json, plain(report))
+        gc.collect()
+    if scale.device.type == "cuda":
+        report["machine_after"] = machine(scale.device)["gpu"]["clocks_and_power"]
+    if options.json is not None:
+        write_json(options.json, plain(report))
+    return report
+
+
+def run_part(name: str, scale: Scale, left: float) -> Part:
+    """One part; what breaks it off is in its record."""
+    entry = ENTRIES[name]
+    part = Part(name, min(entry.seconds, left), entry.is_vital)
+    say(f"== {name}" + f" ({NO_CLAIM})" * scale.is_rehearsal)
+    if left <= 0:
+        part.skip(f"all of {name}", LATE)
+        return part
+    try:
+        with at_most_seconds(part.seconds + GRACE):
+            entry.run(part, scale)
+    except OutOfTime as reason:
+        part.skip(f"the rest of {name} ({reason})", LATE)
+    except Exception:
+        part.error = traceback.format_exc()[-4000:]
+    return part
+
+
+def tables(report: dict) -> list[dict]:
+    """The tables of a report."""
+    return report["parts"].get("table", {}).get("tables", [])
+
+
+def page(report: dict) -> str:
+    """The report for a terminal, as Markdown."""
+    where = report["machine"]
+    lines = [
+        f"# GPU gate: {gpu_name(where) or where['cpu']}",
+        f"`{report['command']}`, {where['date']}, commit {where['commit']}. {plot.place(where)}",
+    ]
+    if report["note"]:
+        lines.append(f"**{report['note']}**")
+    for found in tables(report):
+        shown = {**report, **found}
+        title = f"## {found['stands_for']}"
+        if found["stands_for"] != found["case"]:
+            title += f" (stood for by {found['case']}; {NO_CLAIM})"
+        lines += [title, plot.table(shown), plot.target_table(found["targets"])]
+    for name in ("launches", "chunks"):
+        rows = report["parts"].get("sweep", {}).get(name, [])
+        lines += [f"## sweep: {name}", sweep_table(rows)] if rows else []
+    found = [line for part in report["parts"].items() for line in states(*part)]
+    return "\n\n".join([*lines, "\n".join(found)])
+
+
+def sweep_table(rows: list[dict]) -> str:
+    """Fastest first."""
+    keys = [key for key in rows[0] if key != "seconds"]
+    head = ["| " + " | ".join([*keys, "ms"]) + " |", "|" + " --- |" * (len(keys) + 1)]
+    for row in sorted(rows, key=lambda r: (str(r[keys[0]]), r["seconds"]["median"])):
+        cells = [f"{row[k]:.3g}" if isinstance(row[k], float) else str(row[k]) for k in keys]
+        head.append("| " + " | ".join([*cells, f"{1e3 * row['seconds']['median']:.4f}"]) + " |")
+    return "\n".join(head)
+
+
+def states(name: str, part: dict) -> list[str]:
+    """What a part found, with everything that failed or was not run."""
+    failed = [check for check in part["checks"] if not check["is_met"]]
+    state = "FAILED" if part["has_failed"] else "passed"
+    counts = f"{len(part['checks'])} checks, {len(failed)} failed"
+    lines = [f"- {state} {name}: {counts}, {part['seconds']} s"]
+    for check in failed:
+        why = check.get("error") or f"{check['value']}, limit {check['limit']}"
+        lines.append(f"  - failed: {check['name']}: {why}")
+    lines += [f"  - not run: {item['name']}: {item['why']}" for item in part["not_run"]]
+    if part["error"]:
+        lines.append(f"  - error: {part['error'].strip().splitlines()[-1]}")
+    return lines
