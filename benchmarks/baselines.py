@@ -24,6 +24,7 @@ import crpo_kernels.call as kernel_call
 from .cases import Inputs
 
 KL_COEF = 0.01
+FEWEST_ROWS = 24  # that a small workspace has a byte per logit for
 FLOORS = {1: "products_1", 2: "products_2", 3: "products"}  # keys of the bare products
 NAIVE = {1: "naive_scored", 2: "naive_frozen", 3: "naive"}  # keys of plain torch
 
@@ -156,20 +157,17 @@ class BareProducts:
 def fused(
     mode: str,
     backend: str = "auto",
-    bytes_per_logit: int | None = None,
-    workspace_bytes: int | None = None,
+    workspace_bytes: int | Callable[[Inputs], int] | None = None,
 ) -> Callable[[Inputs], Result]:
-    """Our loss in one of its modes; its workspace is given, or ``bytes_per_logit`` T V bytes."""
+    """Our loss in one of its modes, with a workspace that may depend on the inputs."""
 
     def step(inputs: Inputs) -> Result:
-        workspace = workspace_bytes
-        if bytes_per_logit is not None:
-            workspace = bytes_per_logit * inputs.labels.numel() * inputs.weight.shape[0]
+        given = workspace_bytes(inputs) if callable(workspace_bytes) else workspace_bytes
         loss, stats = ck.linear_policy_loss(
             **policy_arguments(inputs),
             backend=backend,
             mode=mode,
-            workspace_bytes=workspace,
+            workspace_bytes=given,
         )
         return Result(loss, *gradients(loss, inputs), stats.logprobs, stats.entropy)
 
@@ -184,6 +182,11 @@ def policy_arguments(inputs: Inputs) -> dict[str, Any]:
         "spec": ck.ObjectiveSpec(kl_coef=KL_COEF),
         "temperature": inputs.case.temperature,
     }
+
+
+def small_workspace(inputs: Inputs) -> int:
+    """A byte per logit: too small to keep E of all rows; small cases get what a few rows need."""
+    return max(inputs.labels.numel(), FEWEST_ROWS) * inputs.weight.shape[0]
 
 
 def scored(backend: str = "auto") -> Callable[[Inputs], Result]:

@@ -11,12 +11,12 @@ from .baselines import (
     naive,
     naive_scored,
     scored,
+    small_workspace,
 )
 from .peers import Compiled, liger_chunked, liger_scaled, trl_chunked
 
 PRODUCTS = {1: "one bare product", 2: "two bare products", 3: "three bare products"}
 PLAIN_NOTE = "fp32 logits of all tokens, autograd"
-UNCACHED = 1  # byte per logit as workspace: E needs two
 
 
 def peers(note: str = "") -> list[Candidate]:
@@ -83,7 +83,7 @@ def bare_products(num_products: int, *, has_fp32_out: bool) -> list[Candidate]:
 
 def fused_candidates(backend: str) -> list[Candidate]:
     """Our loss with both gradients: mode A and mode B with and without room for E."""
-    two_pass, recompute = (fused("two_pass", backend, size) for size in (None, UNCACHED))
+    two_pass, recompute = (fused("two_pass", backend, size) for size in (None, small_workspace))
     return [
         Candidate(
             "one_pass",

@@ -11,9 +11,17 @@ from torch import Tensor
 
 import crpo_kernels as ck
 
-from .baselines import Candidate, Result, fused, gradients, policy_arguments, scored
+from .baselines import (
+    Candidate,
+    Result,
+    fused,
+    gradients,
+    policy_arguments,
+    scored,
+    small_workspace,
+)
 from .cases import Inputs, make_inputs
-from .gpu_precision import GRADIENT_LIMIT, RMS_LIMIT, check_gradients, modes
+from .gpu_precision import CACHED_LIMIT, GRADIENT_LIMIT, RMS_LIMIT, check_gradients, modes
 from .gpu_report import CannotRun, Part
 from .gpu_scale import Scale
 from .measure import release
@@ -41,8 +49,8 @@ def memory(part: Part, scale: Scale) -> None:
     for mode in modes():
 
         def check(mode: Candidate = mode) -> None:
-            path, small = PATHS[mode.key], case.num_rows * case.vocab_size
-            asked = small if mode.key in ("A_groups", "B_recompute") else None
+            path, is_small = PATHS[mode.key], mode.key in ("A_groups", "B_recompute")
+            asked = small_workspace(inputs) if is_small else None
             sizes = planned(shape, dtype, asked, path)
             step = (
                 scored("triton")
@@ -227,7 +235,8 @@ def check_wrap_loss(part: Part, scale: Scale) -> None:
 
 
 def check_wrap_kernels(part: Part, scale: Scale) -> None:
-    """`row_stats` and `row_grad` on one buffer of all rows; some rows against fp64."""
+    """The row kernels on one buffer of all rows; some rows against fp64."""
+    from crpo_kernels.exps_triton import row_exp
     from crpo_kernels.row_table import OUTPUTS, SUMS, RowTable
     from crpo_kernels.rows import LogitView
     from crpo_kernels.rows_triton import row_grad, row_stats
@@ -259,6 +268,10 @@ def check_wrap_kernels(part: Part, scale: Scale) -> None:
         part.at_most(f"row_stats: {name}, largest error in nats", error, RMS_LIMIT)
     error = rms(d_raw[rows], true, relative=True)
     part.at_most("row_grad: relative rms", error, GRADIENT_LIMIT, rows=rows.tolist())
+    row_exp(raw, d_raw, view, table.column("maximum"))
+    row_grad(d_raw, d_raw, labels, view, table.stats(), coefficients, is_exp=True)
+    error = rms(d_raw[rows], true, relative=True)
+    part.at_most("row_exp and row_grad of E: relative rms", error, CACHED_LIMIT)
 
 
 PARTS: dict[str, Callable[[Part, Scale], None]] = {

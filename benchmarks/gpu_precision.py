@@ -19,7 +19,7 @@ import crpo_kernels as ck
 from crpo_kernels.products import product
 from crpo_kernels.spec import PRESETS
 
-from .baselines import Candidate, Result, fused, policy_arguments, scored
+from .baselines import Candidate, Result, fused, policy_arguments, scored, small_workspace
 from .cases import Inputs, make_inputs
 from .gpu_report import Part
 from .gpu_scale import Scale
@@ -28,7 +28,6 @@ from .timing import exact_result, rms
 RIVAL, RMS_LIMIT = 1.2, 5e-5  # nats
 ROUNDING = 1e-6  # of a result of some nats to fp32, and of sums in fp32
 GRADIENT_LIMIT, CACHED_LIMIT = 2.5e-3, 3.5e-3  # relative rms
-SMALL = 1  # byte per logit as workspace: several groups, fp32 sums
 EXACT = {torch.float32: 1e-4, torch.bfloat16: GRADIENT_LIMIT}  # gradients of small heads, relative
 VALUE_LIMIT = 2e-4  # nats and ratios
 PADDED = 9  # a ninth of the vocabulary is padding in one of the checks
@@ -39,9 +38,9 @@ def modes(backend: str = "triton") -> list[Candidate]:
     one, two = "one_pass", "two_pass"
     return [
         Candidate("A", "mode A", fused(one, backend)),
-        Candidate("A_groups", "mode A in groups", fused(one, backend, SMALL)),
+        Candidate("A_groups", "mode A in groups", fused(one, backend, small_workspace)),
         Candidate("B", "mode B cached", fused(two, backend)),
-        Candidate("B_recompute", "mode B recompute", fused(two, backend, SMALL)),
+        Candidate("B_recompute", "mode B recompute", fused(two, backend, small_workspace)),
         Candidate("frozen", "frozen head", fused(one, backend), num_products=2),
         Candidate("scored", "scoring only", scored(backend), num_products=1),
     ]

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import dual, plot, quickstart
+from . import dual, gpu_gate, plot, quickstart
 from .output import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = "Not measured yet."
+GPU_NOT_MEASURED = "GPU numbers are not measured yet."
 RUNS = {
     "quickstart": "The main job",
     "smollm2_135m_sad": "SAD of IMHI",
@@ -109,11 +110,20 @@ def loss_block() -> str:
     return NOT_MEASURED if report is None else re.sub(r"\A#.*\n+", "", plot.page(report)).strip()
 
 
+def gpu_block() -> str:
+    """The page of the committed run of `python -m benchmarks gpu-gate`; a rehearsal is none."""
+    report = load("gpu_gate")
+    if report is None or report["note"]:
+        return GPU_NOT_MEASURED
+    return re.sub(r"\A#.*\n+", "", gpu_gate.page(report)).replace("\n## ", "\n#### ").strip()
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_block,
     "dual": dual_block,
     "smollm2": smollm2_block,
     "loss": loss_block,
+    "gpu": gpu_block,
 }
 
 

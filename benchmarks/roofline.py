@@ -38,6 +38,7 @@ class Sizes:
     chunk: int  # rows of fp32 logits at once
     group: int  # rows of dZ at once
     workspace: int  # bytes asked for
+    has_exps: bool = True  # mode B may keep E of all rows
 
     @property
     def num_chunks(self) -> int:
@@ -96,7 +97,8 @@ def planned(
         )
         asked = default_workspace(weight) if workspace is None else workspace
     group = min(plan.group_rows, rows)
-    return Sizes(rows, vocab, dim, ITEM[dtype], min(plan.chunk_rows, rows), group, asked)
+    chunk, has_exps = min(plan.chunk_rows, rows), plan.kept == "exps"
+    return Sizes(rows, vocab, dim, ITEM[dtype], chunk, group, asked, has_exps)
 
 
 def z_product(s: Sizes, name: str = "Z product") -> Step:
@@ -226,6 +228,9 @@ def extra_memory(s: Sizes, path: str) -> dict[str, int]:
 
 def table(path: str, s: Sizes, device: Device, dtype: str) -> str:
     """The steps of one path, their sum, and the memory it may hold."""
+    if path == "mode B cached" and not s.has_exps:
+        size = s.item * s.rows * padded(s.vocab) / 2**30
+        return f"{path}: E of all rows, {size:.2f} GiB, exceeds the workspace: recomputed instead"
     num_products, steps = PATHS[path].num_products, PATHS[path].steps(s)
     peak = device.product_flops(dtype)
     spec = (peak, device.single_flops, device.bandwidth)

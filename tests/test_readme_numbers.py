@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -27,3 +28,27 @@ def test_a_changed_number_is_noticed() -> None:
         pytest.skip("the loss is not measured yet")
     changed = TEXT[: number.start(1)] + "9.99" + TEXT[number.end(1) :]
     assert readme.fill(changed) == TEXT
+
+
+def test_no_gpu_number_without_a_result_file() -> None:
+    if (readme.RESULTS / "gpu_gate.json").exists():
+        assert readme.GPU_NOT_MEASURED not in TEXT
+        return
+    assert readme.GPU_NOT_MEASURED in TEXT
+    assert re.findall(r"\d ?ms\b|\b(?:H100|H200|A100|B200|MI300X?)\b", TEXT) == []
+
+
+def test_a_rehearsal_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"key": "products", "title": "three", "missing": "x", "note": ""}]
+    gpu = {"name": "Some GPU", "memory_gib": 1, "driver": "2", "cuda": "3", "clocks_and_power": "4"}
+    machine = {"date": "d", "commit": "e", "python": "f", "versions": {}, "gpu": gpu}
+    table = {"rows": rows, "targets": [], "stands_for": "T1", "case": "T1"}
+    part = {"tables": [table], "checks": [], "not_run": [], "has_failed": False, "error": ""}
+    report = {"note": "", "command": "c", "machine": machine, "parts": {"table": part}}
+    part["seconds"] = 1.0
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    file = tmp_path / "gpu_gate.json"
+    file.write_text(json.dumps(report), encoding="utf-8")
+    assert "Some GPU, 1 GiB, driver 2, CUDA 3" in readme.gpu_block()
+    file.write_text(json.dumps({**report, "note": "rehearsal"}), encoding="utf-8")
+    assert readme.gpu_block() == readme.GPU_NOT_MEASURED

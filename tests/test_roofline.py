@@ -96,6 +96,7 @@ def test_the_sizes_are_those_of_the_plan():
     small = roofline.planned(shape, "bfloat16", 1 << 30, "mode A")
     assert small.num_groups > 1
     assert 131072 * (4 * small.chunk + 2 * small.group) <= 1 << 30
+    assert roofline.planned(shape, "bfloat16", None, "mode B cached").has_exps
     frozen = roofline.planned(shape, "bfloat16", None, "frozen head")
     assert frozen.group == frozen.chunk == 1024
 
@@ -121,6 +122,14 @@ def test_devices_dtypes_shapes_and_workspaces(capsys):
         out = capsys.readouterr().out
         assert out.count(f" float32 on {name} ") == 2
         assert f"products {DEVICES[name].single_flops / 1e12:.0f} TFLOP/s" in out
+
+
+def test_a_cache_that_does_not_fit_is_not_modelled(capsys):
+    options = ["--shape", "8192,131072,4096", "--workspace", str(1 << 30)]
+    assert main(["roofline", *options]) == 0
+    out = capsys.readouterr().out
+    assert "mode B cached: E of all rows, 2.00 GiB, exceeds the workspace: recomputed" in out
+    assert "mode B recompute: 8NVD" in out
 
 
 @pytest.mark.parametrize("text", ["8192,131072", "8192,x,4096", "0,1,1", "1,2,3,4"])
