@@ -10,15 +10,13 @@ import torch
 import crpo_kernels as ck
 import triton_tools
 from benchmarks.shipped_calls import pairwise
-from crpo_kernels import call, chunked, plan
+from crpo_kernels import plan
 from numerics import PRESETS, assert_near, assert_same_result, make_problem, rms, run_loss
+from triton_cases import TOLERANCE, note_plans, shrink
 
 if reason := triton_tools.why_no_triton():
     pytest.skip(reason, allow_module_level=True)
 
-from crpo_kernels import rows_triton
-
-TOLERANCE = 5e-6  # of the largest value: logits of some tens, rounded in fp32
 COEFS = [-0.06, 0.02, 0.04]
 ESTIMATORS = ("k1", "k2", "k3", None)
 RHO = (
@@ -45,25 +43,13 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch):
     """Several tiles of a row, chunks of a group and slices of a product at these sizes."""
-    monkeypatch.setattr(rows_triton, "BLOCK_V", 32)
-    monkeypatch.setattr(plan, "RING_ROWS", 4)
-    monkeypatch.setattr(plan, "GROUP_ROWS", 8)
-    monkeypatch.setattr(plan, "ROW_MULTIPLE", 2)
-    for module in (plan, chunked):
-        monkeypatch.setattr(module, "PRODUCT_ROWS", 3)
+    shrink(monkeypatch, block=32)
 
 
 @pytest.fixture
 def plans(monkeypatch):
-    """Every plan that is made: a case must be what its name says."""
-    made, make_plan = [], call.make_plan
-
-    def noted(*args, **kwargs):
-        made.append(make_plan(*args, **kwargs))
-        return made[-1]
-
-    monkeypatch.setattr(call, "make_plan", noted)
-    return made
+    """Every plan that is made."""
+    return note_plans(monkeypatch)
 
 
 def staged(problem, seed=0):

@@ -1,0 +1,46 @@
+"""Calls small enough for Triton's interpreter that still have tiles, chunks and groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crpo_kernels import chunked, plan
+from numerics import Problem, make_problem
+
+TOLERANCE = 5e-6  # of the largest value: logits of some tens, rounded in fp32
+GROUPS = 3_200  # bytes: two chunks of two rows are a group
+WAYS = [{}, {"mode": "two_pass"}, {"workspace_bytes": GROUPS}]
+each_way = pytest.mark.parametrize("way", WAYS, ids=["one group", "two_pass", "groups"])
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, *, block: int = 16) -> None:
+    """Several tiles of a row, chunks of a group and slices of a product at a few rows."""
+    from crpo_kernels import rows_triton
+
+    monkeypatch.setattr(rows_triton, "BLOCK_V", block)
+    monkeypatch.setattr(plan, "RING_ROWS", 4)
+    monkeypatch.setattr(plan, "GROUP_ROWS", 8)
+    monkeypatch.setattr(plan, "ROW_MULTIPLE", 2)
+    for module in (plan, chunked):
+        monkeypatch.setattr(module, "PRODUCT_ROWS", 3)
+
+
+def note_plans(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
+    """Every plan that is made from here on: a case must be what its name says."""
+    from crpo_kernels import call
+
+    made, make_plan = [], call.make_plan
+
+    def noted(*args, **kwargs) -> plan.Plan:
+        made.append(make_plan(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(call, "make_plan", noted)
+    return made
+
+
+def small(device: str, num_rows: int = 11, ignored: int = 5) -> Problem:
+    """A problem of 40 tokens whose values fp32 holds."""
+    made = make_problem(num_rows=num_rows, vocab=40, dim=8, ignored=ignored)
+    return made.rounded(torch.float32, device)
