@@ -75,7 +75,7 @@ def _add_tile(z, mask, m, s, t):
 def row_stats_kernel(
     raw_ptr,  # [C, V] fp32
     stride_raw,
-    labels_ptr,  # [C] int64
+    labels_ptr,  # [C] int64; -1: not in this shard; others outside [0, V) give NaN
     bias_ptr,  # [V] fp32 or None
     outer_ptr,  # [C] fp32 or None
     outer,  # fp32, where outer_ptr is None
@@ -134,10 +134,13 @@ def row_stats_kernel(
     log_sum = tl.log(row_sum)
 
     label = tl.load(labels_ptr + row)
+    is_inside = (label >= 0) & (label < vocab_size)
+    label_raw = tl.load(raw_ptr + label, mask=is_inside, other=float("nan"))
     label_bias = None
     if bias_ptr is not None:
-        label_bias = tl.load(bias_ptr + label)
-    shift = logits_of(tl.load(raw_ptr + label), label_bias, inner, outer) - maximum
+        label_bias = tl.load(bias_ptr + label, mask=is_inside, other=0.0)
+    label_logit = logits_of(label_raw, label_bias, inner, outer)
+    shift = tl.where(label == -1, -1e30, label_logit - maximum)  # -1: another shard has the label
     # A fused multiply-add may round the label's own logit another way, by half a unit in the last
     # place (a tanh by two): it is never above the maximum, and the top it stays. Its logprob is as
     # computed: another logit may be as near below as 2^-24 = 5.96e-8 of the maximum.
@@ -281,7 +284,7 @@ def view_arguments(view: LogitView) -> dict[str, Any]:
 
 def row_stats(
     raw: Tensor,  # [C, V] fp32, any pitch
-    labels: Tensor,  # [C] int64
+    labels: Tensor,  # [C] int64; -1 where another shard of the vocabulary has the label
     view: LogitView,
     table: RowTable,
     rows: slice,
