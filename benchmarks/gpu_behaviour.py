@@ -189,10 +189,14 @@ def captured(step: Callable[[Inputs], Result], inputs: Inputs) -> Callable[[], R
 
 def wrap(part: Part, scale: Scale) -> None:
     """Rows whose element offsets lie behind 2^31: through the loss, and each row kernel alone."""
-    needs_memory(scale, 50)
-    part.run("loss", lambda: check_wrap_loss(part, scale))
-    release(scale.device)
-    part.run("kernels", lambda: check_wrap_kernels(part, scale))
+    for name, check in (("loss", check_wrap_loss), ("kernels", check_wrap_kernels)):
+
+        def enough(check: Callable[[Part, Scale], None] = check) -> None:
+            needs_memory(scale, 50)
+            check(part, scale)
+
+        part.run(name, enough)
+        release(scale.device)
 
 
 def needs_memory(scale: Scale, gib: float) -> None:

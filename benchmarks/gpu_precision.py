@@ -254,13 +254,8 @@ def outputs_of(
     if given.get("bias") is not None:
         leaves["bias"] = given["bias"]
     leaves = {k: v.detach().to(dtype).requires_grad_() for k, v in leaves.items()}
-    out = ck.linear_logprobs(
-        leaves["hidden"],
-        leaves["weight"],
-        labels,
-        **{**given, **({"bias": leaves["bias"]} if "bias" in leaves else {})},
-        backend=backend,
-    )
+    changed: dict[str, Any] = {**given, **leaves, "labels": labels}
+    out = ck.linear_logprobs(**changed, backend=backend)
     slopes = torch.linspace(-1, 1, labels.numel(), device=labels.device, dtype=torch.float64)
     parts = (out.logprobs * slopes, out.entropy * slopes.flip(0), 0.1 * out.lse * slopes)
     made = torch.autograd.grad(sum(p.sum() for p in parts), list(leaves.values()))  # type: ignore[arg-type]

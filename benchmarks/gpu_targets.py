@@ -65,7 +65,8 @@ def gpu_targets(case: Case, rows: dict[str, dict], device_name: str = "") -> lis
     checks = []
 
     def check(text: str, limit: float, value: float) -> None:
-        checks.append({"text": text, "limit": limit, "value": value, "met": value <= limit})
+        found = {"text": text, "limit": limit, "value": value, "met": value <= limit}
+        checks.append({**found, "key": target.key})
 
     shape = (case.num_rows, case.vocab_size, case.dim)
     for target in TARGETS.get(shape, ()):
@@ -82,3 +83,11 @@ def gpu_targets(case: Case, rows: dict[str, dict], device_name: str = "") -> lis
         if target.gib is not None:
             check(f"{title}, workspace in GiB", target.gib, row["workspace_bytes"] / GIB)
     return checks
+
+
+def target_state(checks: list[dict], key: str) -> str:
+    """Whether all targets of a row hold, in a word."""
+    met = [check["met"] for check in checks if check["key"] == key]
+    if not met:
+        return "-"
+    return "no claim" if None in met else "met" if all(met) else "**missed**"

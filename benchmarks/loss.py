@@ -19,7 +19,7 @@ from .baselines import Candidate
 from .candidates import all_gradients, cpu_candidates, frozen_head, scoring
 from .cases import CASES, Case
 from .clock import Clock
-from .gpu_targets import gpu_targets
+from .gpu_targets import gpu_targets, target_state
 from .measure import measure
 from .output import RESULTS, write_json
 from .timing import gpu_name, machine
@@ -84,6 +84,8 @@ def run_loss(options: argparse.Namespace, command: str) -> dict:
     rows = {row["key"]: row for row in measured["rows"]}
     where = machine(device)
     checks = targets(rows) if device.type == "cpu" else gpu_targets(case, rows, gpu_name(where))
+    for row in measured["rows"] if device.type == "cuda" else ():
+        row["target"] = target_state(checks, row["key"])
     return {"command": command, **measured, "machine": where, "targets": checks}
 
 

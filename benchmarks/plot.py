@@ -21,6 +21,7 @@ def table(report: dict) -> str:
         *(["/ products, fp32 out"] if is_gpu else []),
         *("/ plain torch", "peak MiB" if is_gpu else "extra GB"),
         *(["workspace MiB"] if is_gpu else []),
+        *(["targets"] if is_gpu else []),
         *("d_weight error", "d_hidden error", "logprob error (nats)", "note"),
     ]
     lines = [f"| {' | '.join(columns).strip()} |", "|" + " --- |" * len(columns)]
@@ -50,6 +51,7 @@ def cells(row: dict, *, is_gpu: bool) -> list[str]:
         row["title"] + (f" {row['version']}" if row.get("version") else ""),
         *("-" if row.get("has_no_claim") else time for time in times),
         *("-" if is_floor else f"{size / scale:.{digits}f}" for size in sizes),
+        *([row.get("target", "-")] if is_gpu else []),
         _error(found.get("d_weight_rel_rms")),
         _error(found.get("d_hidden_rel_rms")),
         _error(found.get("logprobs_rms")),
@@ -75,8 +77,9 @@ def place(machine: dict) -> str:
             f"{software}"
         )
     gpu = machine["gpu"]
+    toolkit = f"ROCm {gpu['hip']}" if gpu.get("hip") else f"CUDA {gpu['cuda']}"
     return (
-        f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, CUDA {gpu['cuda']}, "
+        f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, {toolkit}, "
         f"clocks and power {gpu['clocks_and_power']}; {software}"
     )
 

@@ -13,7 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.candidates import all_gradients, cpu_candidates, frozen_head, scoring
 from benchmarks.cases import CASES, make_inputs
 from benchmarks.clock import Clock
-from benchmarks.gpu_targets import gpu_targets
+from benchmarks.gpu_targets import gpu_targets, target_state
 from benchmarks.loss import targets
 from benchmarks.measure import measure
 from benchmarks.memory import LiveBytes
@@ -152,6 +152,7 @@ def gpu_report(**changed):
         "over_products_fp32": 1.08,
         "extra_bytes": 3 * 2**30,
         "workspace_bytes": 2**31,
+        "target": "met",
         "errors": {},
     }
     gpu = {
@@ -176,8 +177,8 @@ def gpu_report(**changed):
 def test_a_gpu_page_has_milliseconds_peaks_and_both_floors():
     page = plot.page(gpu_report())
     row = next(line for line in page.splitlines() if line.startswith("| crpo_kernels"))
-    assert [cell.strip() for cell in row.split("|")[1:9]] == [
-        *("crpo_kernels, mode A", "40.50", "1.12", "89", "1.08", "-", "3072", "2048"),
+    assert [cell.strip() for cell in row.split("|")[1:10]] == [
+        *("crpo_kernels, mode A", "40.50", "1.12", "89", "1.08", "-", "3072", "2048", "met"),
     ]
     assert "Some GPU, 80.0 GiB, driver 1.2, CUDA 13.0" in page
     assert "40.50 ms" in plot.bars(gpu_report())
@@ -192,6 +193,9 @@ def test_gpu_targets_ask_milliseconds_of_an_h100_alone():
     ratio = found["crpo_kernels, mode A / 3 bare products"]
     assert (ratio["limit"], ratio["value"], ratio["met"]) == (1.12, 1.125, False)
     assert found["crpo_kernels, mode A, workspace in GiB"]["met"]
+    assert target_state(list(found.values()), "one_pass") == "**missed**"
+    assert target_state(list(found.values()), "naive") == "-"
+    assert {c["key"] for c in found.values()} == {"one_pass"}
     other = {c["text"]: c for c in gpu_targets(case, rows, "NVIDIA A100")}
     assert list(other) == [text for text in found if not text.endswith(", ms")]
     rows = {"two_pass": rows["one_pass"], "scored": {"missing": "x"}}

@@ -197,6 +197,16 @@ def test_a_check_that_this_card_cannot_hold_is_no_failure():
     assert "ZeroDivisionError" in part.checks[0]["error"]
 
 
+def test_a_card_too_small_for_the_wrap_shape_says_so(monkeypatch):
+    def too_small(scale, gib):
+        raise CannotRun(f"needs {gib} GiB of free device memory, got 1.0")
+
+    monkeypatch.setattr(gpu_behaviour, "needs_memory", too_small)
+    report = run("wrap")
+    assert not report["parts"]["wrap"]["has_failed"]
+    assert [item["name"] for item in report["parts"]["wrap"]["not_run"]] == ["loss", "kernels"]
+
+
 def test_errors_of_candidates_do_not_hide_the_end_of_time():
     def step():
         with contextlib.suppress(Exception):  # as around a peer
