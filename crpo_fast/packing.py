@@ -62,7 +62,7 @@ class MicroBatch:
         rows: [R] int64, where among the T flattened tokens the R completion tokens are predicted.
         labels: [R] int64, the completion tokens.
         source: [R] int64, for each row its index in the flat vectors.
-        cu_seqlens: [B+1] int32 over the R rows.
+        cu_seqlens: [B+1] int32 over the R rows, on the CPU.
         vectors: name -> [R], see ``attach``.
     """
 
@@ -85,8 +85,9 @@ class MicroBatch:
         return replace(self, vectors={**self.vectors, **rows})
 
     def to(self, device: torch.device) -> MicroBatch:
-        """All tensors on ``device``."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        """All tensors on ``device`` but ``cu_seqlens``, by which the host plans."""
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved = {k: v.to(device) for k, v in tensors.items() if k != "cu_seqlens"}
         return replace(self, **moved, vectors={k: v.to(device) for k, v in self.vectors.items()})
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import crpo_kernels as ck
 from crpo_kernels import dispatch
+from crpo_kernels.validate import counted_rows
 from numerics import PRESETS, spec_of
 from triton_tools import why_no_triton
 
@@ -108,9 +109,10 @@ def test_no_value_is_asked_for(backend, preset, on_policy, noted):
         assert given[name].grad.shape == given[name].shape
 
 
-@pytest.mark.parametrize("kind", ["list", "host", "device"])
+@pytest.mark.parametrize("kind", ["list", "host", "device", "all"])
 def test_rows_in_every_form(kind, noted):
     rows = {"list": ROWS, "host": torch.tensor(ROWS), "device": torch.tensor(ROWS).to("meta")}
+    rows["all"] = torch.arange(T)
     given = arguments("meta", False, torch.bfloat16)
     given["cu_seqlens"] = torch.tensor([0, 10, 24])  # of the host
     with HostCopies():
@@ -121,6 +123,18 @@ def test_the_control_without_rows_asks(noted):
     given = arguments("meta", True, torch.bfloat16)
     with pytest.raises((NotImplementedError, RuntimeError), match=r"nonzero|meta"):
         both_calls(given, "dapo", backend="torch", rows=None)
+
+
+def test_rows_that_are_all_rows_gather_nothing():
+    labels = torch.arange(6)
+    for device in ("cpu", "meta"):
+        assert counted_rows(range(6), labels.to(device)) is None
+        assert counted_rows(torch.arange(6), labels.to(device)) is None
+        assert counted_rows([5, 4, 3, 2, 1, 0], labels.to(device)) is not None
+        assert counted_rows([0, 1, 2], labels.to(device)).shape == (3,)
+    labels[2] = ck.IGNORE_INDEX
+    assert counted_rows(range(6), labels).tolist() == [0, 1, 3, 4, 5]
+    assert counted_rows([4, 2, 0], labels).tolist() == [4, 0]
 
 
 def test_the_control_of_copies():

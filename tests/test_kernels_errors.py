@@ -88,6 +88,10 @@ HEAD_CASES = {
     "scale": ({"logit_scale": 0.0}, "logit_scale: .* got 0.0"),
     "softcap": ({"logit_softcap": -2.0}, "logit_softcap: .* got -2.0"),
     "rows": ({"rows": [1, 6]}, r"rows: expected distinct indices in 0\.\.5, got values in 1\.\.6"),
+    "rows_mask": (
+        {"rows": torch.ones(6, dtype=torch.bool)},
+        r"rows: expected integer indices, got torch.bool. Pass mask.nonzero\(\)",
+    ),
     "rows_twice": ({"rows": [1, 1]}, "rows: expected distinct"),
     "backend": ({"backend": "tritn"}, "backend: expected one of .* got 'tritn'"),
     "mode": ({"mode": "one-pass"}, "mode: expected one of .* Did you mean 'one_pass'"),

@@ -16,7 +16,8 @@ Both take the head the same way:
     temperature      divides the logits, in fp32; a float or fp32 [T], above 0
     logit_scale      multiplies products and bias;     logit_softcap   the c of c * tanh(x / c)
     rows             host-side indices of the rows that count; others return 0. On a GPU this spares
-                     the one synchronisation of the call, and every listed row must carry a label
+                     the one synchronisation of the call, and every listed row must carry a label;
+                     torch.arange(T) says that all do. While a CUDA graph is captured: on the device
     backend          "triton" (CUDA and ROCm; on a CPU in Triton's interpreter, TRITON_INTERPRET=1),
                      "torch" (any device), "dense" (the oracle: all logits, plain autograd), "auto":
                      triton where it can run, else torch; the logger crpo_kernels says which and why

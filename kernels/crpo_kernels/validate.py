@@ -103,7 +103,8 @@ def check_labels(labels: Tensor, num_rows: int, vocab_size: int) -> Tensor:  # [
     """``labels`` flat and int64.
 
     Raises:
-        ValueError: not one per row, not integers, or (where they are read) beyond the vocabulary.
+        ValueError: not one per row, not integers, or (where they are read) beyond the vocabulary;
+            they would be read while a CUDA graph is captured.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(
@@ -111,6 +112,11 @@ def check_labels(labels: Tensor, num_rows: int, vocab_size: int) -> Tensor:  # [
         )
     flat = check_length("labels", labels, num_rows).long()
     if num_rows and is_readable(flat):
+        check_not_capturing(
+            flat.device,
+            f"{CHECK_LABELS}: expected it unset while a CUDA graph is captured, got "
+            f"{os.environ.get(CHECK_LABELS)!r}. Check the labels in a call before the capture.",
+        )
         is_outside = ((flat < 0) & (flat != IGNORE_INDEX)) | (flat >= vocab_size)
         positions = torch.arange(num_rows, device=flat.device)
         row = torch.where(is_outside, positions, num_rows).amin()  # []
@@ -217,56 +223,81 @@ def check_scale(logit_scale: float, logit_softcap: float | None) -> None:
 def counted_rows(rows: Tensor | Sequence[int] | None, labels: Tensor) -> Tensor | None:  # [n]
     """Indices of the rows that count, None when all do. Without ``rows`` a GPU synchronises here.
 
-    ``range(T)`` says that all count, without a copy of them.
+    ``rows`` that the host knows to be all of them cost no copy of hidden states; ``range(T)`` says
+    so at no cost.
 
     Raises:
         ValueError: no indices; beyond T or twice (where the host has them); none while a CUDA
             graph is captured.
     """
-    is_all = isinstance(rows, range) and rows == range(labels.numel())
-    if is_all and not is_readable(labels):
-        return None
-    if rows is None or (is_all and labels.device.type == "cpu"):
+    if rows is None:
         check_not_capturing(
             labels.device,
             "rows: expected a tensor of indices while a CUDA graph is captured, got None, which "
             "asks the device. Pass (labels != -100).nonzero() made before the capture.",
         )
-        counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
-        return None if counted.numel() == labels.numel() else counted
-    indices = torch.as_tensor(rows).reshape(-1)  # [n]
-    if indices.numel() and (indices.dtype == torch.bool or indices.is_floating_point()):
-        raise ValueError(
-            f"rows: expected integer indices, got {indices.dtype}. Pass mask.nonzero() of a mask."
-        )
-    indices = indices.long()
-    if is_readable(indices) and indices.numel():
-        _check_rows(indices, labels.numel())
-    indices = on_device("rows", indices, labels.device)
+        return _labelled_rows(labels)
+    indices = None  # all rows
+    if not (isinstance(rows, range) and rows == range(labels.numel())):
+        indices = torch.as_tensor(rows).reshape(-1)  # [n]
+        if indices.numel() and (indices.dtype == torch.bool or indices.is_floating_point()):
+            raise ValueError(
+                f"rows: expected integer indices, got {indices.dtype}. Pass mask.nonzero() of a "
+                "mask."
+            )
+        indices = indices.long()
+        if is_readable(indices) and _are_all_rows(indices, labels.numel()):
+            indices = None
     if labels.device.type == "cpu":
-        return indices[labels[indices] != IGNORE_INDEX]
-    if is_readable(labels) and bool((labels[indices] == IGNORE_INDEX).any()):
-        row = int(indices[labels[indices] == IGNORE_INDEX][0])
-        raise ValueError(
-            f"rows: expected labelled rows, got row {row} with label {IGNORE_INDEX}. Pass "
-            f"(labels != {IGNORE_INDEX}).nonzero() made on the host."
-        )
+        return _labelled_rows(labels) if indices is None else _labelled_of(indices, labels)
+    if indices is not None:
+        indices = on_device("rows", indices, labels.device)
+    if is_readable(labels):
+        _check_labelled(indices, labels)
     return indices
 
 
-def _check_rows(indices: Tensor, num_rows: int) -> None:
-    """Distinct rows of ``0..num_rows - 1``; ``indices`` has at least one."""
+def _labelled_rows(labels: Tensor) -> Tensor | None:  # [n]
+    counted = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
+    return None if counted.numel() == labels.numel() else counted
+
+
+def _labelled_of(indices: Tensor, labels: Tensor) -> Tensor:  # [n]
+    return indices[labels[indices] != IGNORE_INDEX]
+
+
+def _are_all_rows(indices: Tensor, num_rows: int) -> bool:
+    """Whether ``indices``, whose values the host can see, are all rows in their order.
+
+    Raises:
+        ValueError: they are not distinct rows of ``0..num_rows - 1``.
+    """
+    if not indices.numel():
+        return not num_rows
     low, high = (int(v) for v in torch.aminmax(indices))
     is_rising = bool((indices[1:] > indices[:-1]).all())
-    if low < 0 or high >= num_rows or not (is_rising or _are_distinct(indices)):
+    if (
+        low < 0
+        or high >= num_rows
+        or not (is_rising or indices.unique().numel() == indices.numel())
+    ):
         raise ValueError(
             f"rows: expected distinct indices in 0..{num_rows - 1}, got values in {low}..{high}. "
             f"Pass (labels != {IGNORE_INDEX}).nonzero() made on the host."
         )
+    return is_rising and indices.numel() == num_rows
 
 
-def _are_distinct(indices: Tensor) -> bool:
-    return indices.unique().numel() == indices.numel()
+def _check_labelled(indices: Tensor | None, labels: Tensor) -> None:
+    """Every row that is to count has a label; asks the device."""
+    counted = labels if indices is None else labels[indices]
+    if bool((counted == IGNORE_INDEX).any()):
+        place = int((counted == IGNORE_INDEX).nonzero()[0])
+        row = place if indices is None else int(indices[place])
+        raise ValueError(
+            f"rows: expected labelled rows, got row {row} with label {IGNORE_INDEX}. Pass "
+            f"(labels != {IGNORE_INDEX}).nonzero() made on the host."
+        )
 
 
 def check_workspace(workspace_bytes: int | None) -> None:
