@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crpo_kernels.plan import PRODUCT_ROWS, default_workspace, make_plan, padded
+from crpo_kernels.plan import default_workspace, make_plan, padded, product_rows
 
 from .devices import DEVICES, SUSTAINED_BANDWIDTH, SUSTAINED_PRODUCTS, Device
 
@@ -133,7 +133,7 @@ def cached_grad(s: Sizes) -> Step:
 
 def d_hidden(s: Sizes) -> Step:
     """DZ W, a product for each part of a group: fp32 results that are rounded afterwards."""
-    step = min(s.group, PRODUCT_ROWS)
+    step = min(s.group, product_rows(s.dim))
     sizes = [min(s.group, s.rows - first) for first in range(0, s.rows, s.group)]
     parts = sum(-(-size // step) for size in sizes)
     num_bytes = s.item * (s.rows * s.vocab + parts * s.vocab * s.dim)
@@ -219,7 +219,7 @@ def extra_memory(s: Sizes, path: str) -> dict[str, int]:
     return {
         "fp32 logits": 4 * s.chunk * pitch,
         "E cache" if path == "mode B cached" else "gradient factors": s.item * kept * pitch,
-        "fp32 part of d_hidden": 4 * min(kept, PRODUCT_ROWS) * s.dim,
+        "fp32 part of d_hidden": 4 * min(kept, product_rows(s.dim)) * s.dim,
         "fp32 d_weight": 4 * s.vocab * s.dim if has_sum else 0,
         "d_hidden, twice": 0 if path == "scoring only" else 2 * s.item * s.rows * s.dim,
         "d_weight": s.item * s.vocab * s.dim if PATHS[path].needs_weight else 0,

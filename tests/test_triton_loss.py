@@ -123,7 +123,7 @@ def workspace_of(kind, num_rows, vocab, dim):
     """Bytes for chunks and groups of `SIZES` in fp32, with the plan's own terms."""
     if kind == "one group":
         return None
-    fixed = plan.BYTES_OF_VECTORS * num_rows + 4 * dim * plan.PRODUCT_ROWS
+    fixed = plan.BYTES_OF_VECTORS * num_rows + 4 * dim * plan.product_rows(dim)
     raw, d_raw = 4 * plan.padded(vocab), 4 * plan.padded(vocab) + 8 * dim
     return fixed + (2 * (raw + 2 * d_raw) if kind == "groups" else raw + d_raw)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from crpo_kernels import chunked, plan
+from crpo_kernels import plan
 from numerics import Problem, make_problem
 
 TOLERANCE = 5e-6  # of the largest value: logits of some tens, rounded in fp32
@@ -22,8 +22,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, *, block: int = 16) -> None:
     monkeypatch.setattr(plan, "RING_ROWS", 4)
     monkeypatch.setattr(plan, "GROUP_ROWS", 8)
     monkeypatch.setattr(plan, "ROW_MULTIPLE", 2)
-    for module in (plan, chunked):
-        monkeypatch.setattr(module, "PRODUCT_ROWS", 3)
+    monkeypatch.setattr(plan, "PRODUCT_BYTES", 3 * 4 * 8)  # three rows of D = 8
 
 
 def note_plans(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:

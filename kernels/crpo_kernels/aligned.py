@@ -21,11 +21,11 @@ from torch import Tensor
 from .plan import (
     BYTES_OF_VECTORS,
     GROUP_ROWS,
-    PRODUCT_ROWS,
     RING_ROWS,
     ROW_MULTIPLE,
     Plan,
     Room,
+    product_rows,
 )
 
 # operations of products in the time of a byte: assumed 720 TFLOP/s beside 3 TB/s, .5 beside .025
@@ -110,7 +110,7 @@ def _keeps_all(room: Room, longest: int) -> bool:
 def _enough(room: Room, longest: int) -> int:
     """A workspace that holds the longest sequence: scratch grows to a quarter of it at most."""
     rows = longest * (room.row.raw + room.row.d_raw) + BYTES_OF_VECTORS * room.num_rows
-    sums = min(room.num_rows, PRODUCT_ROWS) * room.dim * 4
+    sums = min(room.num_rows, product_rows(room.dim)) * room.dim * 4
     return (rows + sums + 16 * room.vocab_size + 8 * room.dim) * 4 // 3 + 1
 
 

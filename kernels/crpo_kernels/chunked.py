@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .plan import PRODUCT_ROWS, Plan, is_separate, padded, raw_dtype
+from .plan import Plan, is_separate, padded, product_rows, raw_dtype
 from .products import add_product, product
 from .row_table import OUTPUTS, SUMS, ExpWork, Objective, RowTable, RowWork
 from .rows import LogitView, RowStats
@@ -267,7 +267,7 @@ def _put_d_hidden(d_hidden: Tensor, chunks: Chunks, rows: slice, d_raw: Tensor) 
     if not chunks.is_separate and counted is None:
         torch.mm(d_raw, weight, out=d_hidden[rows])
         return
-    step = PRODUCT_ROWS if chunks.is_separate else d_raw.shape[0]
+    step = product_rows(weight.shape[1]) if chunks.is_separate else d_raw.shape[0]
     dtype = torch.float32 if chunks.is_separate else d_raw.dtype
     for start in range(0, d_raw.shape[0], step):
         part = d_raw[start : start + step]

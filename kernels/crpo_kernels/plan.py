@@ -26,7 +26,7 @@ from torch import Tensor
 CPU_WORKSPACE_BYTES = 1 << 30
 RING_ROWS = 1024  # fp32 rows of logits that may exist whatever T is
 GROUP_ROWS = 2 * RING_ROWS  # rows of dZ where d_weight accumulates
-PRODUCT_ROWS = 4096  # rows of one fp32 d_hidden product before it is rounded
+PRODUCT_BYTES = 1 << 25  # of one fp32 d_hidden product before it is rounded
 ROW_MULTIPLE = 128  # rows of one tile of a product on a GPU
 PITCH = 16  # rows of logits begin at multiples of 16 elements: Triton's hint for wide loads
 BLOCK_ELEMENTS = 1 << 19  # of one scratch buffer (2 MiB in fp32): passes stay in the cache
@@ -156,7 +156,7 @@ def make_room(
     most_kept = 4 * dim // item if needs_weight_grad else 0
     if has_buffer:
         if workspace_bytes is not None or backend != "triton":
-            available -= blocks + min(num_rows, PRODUCT_ROWS) * dim * 4
+            available -= blocks + min(num_rows, product_rows(dim)) * dim * 4
         row = RowBytes(4 * padded(vocab_size), item * padded(vocab_size) + 2 * dim * item)
         most_kept += GROUP_ROWS if needs_weight_grad else 0
     else:
@@ -250,6 +250,11 @@ def even_chunks(num_rows: int, most: int) -> int:
     even = max(1, -(-num_rows // num_chunks))
     whole = -(-even // ROW_MULTIPLE) * ROW_MULTIPLE
     return whole if whole <= most else even
+
+
+def product_rows(dim: int) -> int:
+    """Rows of one fp32 d_hidden product before it is rounded: 2048 of D = 4096."""
+    return max(1, PRODUCT_BYTES // (4 * max(1, dim)))
 
 
 def padded(vocab_size: int) -> int:
