@@ -209,7 +209,7 @@ def needs_memory(scale: Scale, gib: float) -> None:
     if scale.device.type == "cuda":
         free = torch.cuda.mem_get_info(scale.device)[0] / 2**30
         if free < gib:
-            raise CannotRun(f"needs {gib} GiB of free device memory, got {free:.1f}")
+            raise CannotRun(f"needs {gib:.0f} GiB of free device memory, got {free:.1f}")
 
 
 def check_wrap_loss(part: Part, scale: Scale) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from crpo_kernels.dispatch import unsupported_reason
+from crpo_kernels.support import triton_obstacle
 
 from . import gpu_behaviour, gpu_precision, gpu_table, plot
 from .gpu_report import LATE, OutOfTime, Part, at_most_seconds, plain
@@ -90,9 +90,10 @@ def run(options: argparse.Namespace, command: str) -> int:
     device = torch.device("cpu")
     if not options.rehearse:
         device = torch.device("cuda", torch.cuda.current_device())
-    reason = unsupported_reason("triton", device, torch.float32)
-    if reason is not None:
-        print(f"gpu-gate: expected backend triton to run on {device}, got: {reason}.")
+    obstacle = triton_obstacle(device, torch.float32)
+    if obstacle is not None:
+        why = f"{obstacle.reason}. {obstacle.remedy}."
+        print(f"gpu-gate: expected the Triton kernels to run on {device}, got: {why}")
         return 2
     scale = rehearsal_scale() if options.rehearse else real_scale(device)
     names = options.only or [name for name in ENTRIES if name != "sweep" or options.sweep]
@@ -125,9 +126,11 @@ def run_parts(names: list[str], scale: Scale, options: argparse.Namespace, comma
     report: dict[str, Any] = {
         "command": command,
         "note": NO_CLAIM if scale.is_rehearsal else "",
+        "device": "",
         "machine": machine(scale.device),
         "parts": {},
     }
+    report["device"] = gpu_name(report["machine"]) or report["machine"]["cpu"]
     ordered = [name for name in ENTRIES if name in names]
     for name in ordered:
         left = options.seconds - (time.monotonic() - begin)
@@ -172,7 +175,7 @@ def page(report: dict) -> str:
     """The report for a terminal, as Markdown."""
     where = report["machine"]
     lines = [
-        f"# GPU gate: {gpu_name(where) or where['cpu']}",
+        f"# GPU gate: {report['device']}",
         f"`{report['command']}`, {where['date']}, commit {where['commit']}. {plot.place(where)}",
     ]
     if report["note"]:
@@ -187,7 +190,9 @@ def page(report: dict) -> str:
         rows = report["parts"].get("sweep", {}).get(name, [])
         lines += [f"## sweep: {name}", sweep_table(rows)] if rows else []
     found = [line for part in report["parts"].items() for line in states(*part)]
-    return "\n\n".join([*lines, "\n".join(found)])
+    failed = [name for name, part in report["parts"].items() if part["has_failed"]]
+    verdict = f"FAILED: {', '.join(failed)}" if failed else f"Passed in {report['seconds']} s."
+    return "\n\n".join([*lines, "\n".join(found), verdict])
 
 
 def sweep_table(rows: list[dict]) -> str:

@@ -20,6 +20,7 @@ from .baselines import Candidate, fused
 from .candidates import all_gradients, frozen_head, scoring
 from .cases import Case, make_inputs
 from .clock import Clock
+from .gpu_behaviour import needs_memory
 from .gpu_report import LATE, Part
 from .gpu_scale import Scale
 from .gpu_targets import gpu_targets, target_state
@@ -42,6 +43,8 @@ def table(part: Part, scale: Scale) -> None:
 def one_table(part: Part, scale: Scale, named: Case, case: Case, number: int) -> None:
     """One shape; its targets are those of ``named``."""
     is_gpu = scale.device.type == "cuda"
+    logits, weights = case.num_rows * case.vocab_size, case.vocab_size * case.dim
+    needs_memory(scale, (8 * logits + 12 * weights) / 2**30 + 4)  # bare products and ours
     makers = [all_gradients, *([frozen_head, scoring] if number == 0 else [])]
     candidates = [c for make in makers for c in make("triton", has_fp32_out=is_gpu)]
     if scale.is_rehearsal:

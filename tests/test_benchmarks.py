@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import xml.etree.ElementTree as ET
 
@@ -16,7 +17,7 @@ from benchmarks.clock import Clock
 from benchmarks.gpu_targets import gpu_targets, target_state
 from benchmarks.loss import targets
 from benchmarks.measure import measure
-from benchmarks.memory import LiveBytes
+from benchmarks.memory import LiveBytes, counting
 from benchmarks.timing import memory_of
 
 TINY = ["loss", "--rows", "32", "--vocab", "500", "--dim", "64", "--threads", "1"]
@@ -292,3 +293,39 @@ def test_cuda_without_a_gpu_says_what_to_type(capsys):
         pytest.skip("there is a GPU")
     assert main(["loss", "--device", "cuda"]) == 2
     assert "Type --device cpu" in capsys.readouterr().out
+
+
+def test_a_gpu_is_timed_by_events_and_counted_by_its_allocator(monkeypatch):
+    log, allocated, peaks = [], [100, 100], iter([900, 700])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 12.5  # ms
+
+    device = torch.device("cuda", 0)
+    fakes = {
+        "device": lambda _: contextlib.nullcontext(),
+        "Event": Event,
+        "synchronize": lambda *_: log.append("synchronize"),
+        "memory_allocated": lambda _: allocated[0],
+        "max_memory_allocated": lambda _: next(peaks),
+        "reset_peak_memory_stats": lambda _: log.append("reset"),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert Clock(device).seconds(lambda: log.append("step")) == pytest.approx(0.0125)
+    assert log == ["synchronize", "record", "step", "record", "wait"]
+    log.clear()
+    with counting(device, []) as counter:
+        assert counter.restart() == 800  # beyond what was there before
+        assert counter.peak == 600
+    assert log == ["synchronize", "reset", "reset"]

@@ -55,6 +55,8 @@ def test_the_whole_command_is_rehearsed(root, tmp_path):
     assert all("value" in check and "limit" in check for check in checks)
     assert report["note"] == "rehearsal: interpreter, no timing claim"
     assert report["machine"]["versions"]["triton"]
+    assert report["device"] == report["machine"]["cpu"]
+    assert done.stdout.splitlines()[-1].startswith("Passed in ")
     assert {"date", "commit", "cpu", "python"} <= set(report["machine"])
     tables = report["parts"]["table"]["tables"]
     assert [table["stands_for"].split(" bf")[0] for table in tables] == [
@@ -237,3 +239,9 @@ def test_without_a_gpu_it_says_what_to_type(capsys):
         pytest.skip("there is a GPU")
     assert main(["gpu-gate", "--json", "never.json"]) == 2
     assert "python -m benchmarks gpu-gate --rehearse" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_the_checks_hold_on_this_gpu(tmp_path):
+    parts = ["precision", "nan", "repeatability", "memory", "graphs", "options"]
+    assert main(["gpu-gate", "--only", *parts, "--json", str(tmp_path / "gate.json")]) == 0

@@ -45,6 +45,7 @@ def test_a_rehearsal_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     table = {"rows": rows, "targets": [], "stands_for": "T1", "case": "T1"}
     part = {"tables": [table], "checks": [], "not_run": [], "has_failed": False, "error": ""}
     report = {"note": "", "command": "c", "machine": machine, "parts": {"table": part}}
+    report |= {"device": "Some GPU", "seconds": 1.0}
     part["seconds"] = 1.0
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     file = tmp_path / "gpu_gate.json"
