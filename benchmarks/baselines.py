@@ -51,7 +51,6 @@ class Candidate:
         has_entropy_gradient: whether the entropy term is part of what it computes.
         rounds: timed repetitions on a CPU; slow ones get fewer.
         num_products: bare products over the head that it cannot do without: its floor.
-        has_early_gradients: forward makes d_hidden.
         has_errors: its errors are measured; not where that would generate code of its own.
         needs: distribution that must be installed, or None.
         note: what a reader must know.
@@ -64,7 +63,6 @@ class Candidate:
     has_entropy_gradient: bool = True
     rounds: int = 3
     num_products: int = 3
-    has_early_gradients: bool = False
     has_errors: bool = True
     needs: str | None = None
     note: str = ""

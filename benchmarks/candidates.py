@@ -85,12 +85,7 @@ def fused_candidates(backend: str) -> list[Candidate]:
     """Our loss with both gradients: mode A and mode B with and without room for E."""
     two_pass, recompute = (fused("two_pass", backend, size) for size in (None, small_workspace))
     return [
-        Candidate(
-            "one_pass",
-            "crpo_kernels, mode A",
-            fused("one_pass", backend),
-            has_early_gradients=True,
-        ),
+        Candidate("one_pass", "crpo_kernels, mode A", fused("one_pass", backend)),
         Candidate("two_pass", "crpo_kernels, mode B cached", two_pass),
         Candidate("recompute", "crpo_kernels, mode B recompute", recompute),
     ]
@@ -115,7 +110,7 @@ def frozen_head(backend: str, *, has_fp32_out: bool) -> list[Candidate]:
     ours, title = fused("one_pass", backend), "crpo_kernels, mode A, frozen head"
     return [
         *bare_products(2, has_fp32_out=has_fp32_out),
-        Candidate("frozen", title, ours, num_products=2, has_early_gradients=True),
+        Candidate("frozen", title, ours, num_products=2),
         Candidate("naive_frozen", "plain torch, frozen head", naive, num_products=2),
     ]
 

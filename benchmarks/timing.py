@@ -27,20 +27,18 @@ def memory_of(candidate: Candidate, inputs: Inputs) -> dict[str, int]:
     """Peak bytes beyond the inputs of one forward and backward.
 
     ``extra_bytes`` counts everything, both gradients included; ``workspace_bytes`` is without the
-    gradients: those that backward returns, and a d_hidden made in forward. On a CPU no code is
-    generated under the counter: our row passes run eagerly here, with two scratch buffers of a few
-    rows more.
+    gradients that backward returns. On a CPU no code is generated under the counter: our row passes
+    run eagerly here, with two scratch buffers of a few rows more.
     """
     forward: list[int] = []
     with counting(inputs.hidden.device, inputs.tensors()) as counter:
         watched = replace(inputs, on_backward=lambda: forward.append(counter.restart()))
         result = candidate.step(watched)
         last = counter.peak
-    d_hidden, d_weight = (
-        0 if g is None else g.numel() * g.element_size() for g in (result.d_hidden, result.d_weight)
+    returned = sum(
+        g.numel() * g.element_size() for g in (result.d_hidden, result.d_weight) if g is not None
     )
-    early = d_hidden if candidate.has_early_gradients else 0
-    workspace = max([*(peak - early for peak in forward), last - d_hidden - d_weight])
+    workspace = max([*forward, last - returned])
     return {"extra_bytes": max([*forward, last]), "workspace_bytes": workspace}
 
 
