@@ -10,33 +10,13 @@ import crpo_kernels as ck
 import triton_tools
 from benchmarks.gpu_targets import TARGETS
 from benchmarks.memory import LiveBytes
+from triton_cases import peaks
 
 if reason := triton_tools.why_no_triton():
     pytest.skip(reason, allow_module_level=True)
 
 GIB = 2**30
 PADDED = 151936 + 7  # a vocabulary whose rows are padded
-
-
-def peaks(num_rows, vocab, dim, *, needs_weight=True, ignored=False, **options):
-    """(forward, backward) peak bytes beyond the inputs, in bf16."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        kind = {"dtype": torch.bfloat16}
-        hidden = torch.empty(num_rows, dim, requires_grad=True, **kind)
-        weight = torch.empty(vocab, dim, requires_grad=needs_weight, **kind)
-    labels, vectors = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(4, num_rows)
-    if ignored:
-        labels[::8] = ck.IGNORE_INDEX
-    names = ("advantages", "token_weights", "entropy_weights", "ref_logprobs")
-    with LiveBytes(hidden, weight, labels, vectors) as counter:
-        loss, _ = ck.linear_policy_loss(
-            hidden, weight, labels, **dict(zip(names, vectors, strict=True)),
-            spec=ck.ObjectiveSpec.preset("crpo"), backend="triton", **options,
-        )  # fmt: skip
-        forward = counter.restart()
-        loss.backward()
-    assert hidden.grad is not None
-    return forward, counter.peak
 
 
 @pytest.mark.parametrize("shape", TARGETS, ids=str)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import crpo_kernels as ck
+from benchmarks.memory import LiveBytes
 from crpo_kernels import plan
 from numerics import Problem, make_problem
 
@@ -43,3 +46,27 @@ def small(device: str, num_rows: int = 11, ignored: int = 5) -> Problem:
     """A problem of 40 tokens whose values fp32 holds."""
     made = make_problem(num_rows=num_rows, vocab=40, dim=8, ignored=ignored)
     return made.rounded(torch.float32, device)
+
+
+def peaks(num_rows, vocab, dim, *, needs_weight=True, ignored=False, **options) -> tuple[int, int]:
+    """(forward, backward) peak bytes beyond the inputs, in bf16, counted on fake tensors.
+
+    Kernels are left out, so that shapes may be real ones.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        kind = {"dtype": torch.bfloat16}
+        hidden = torch.empty(num_rows, dim, requires_grad=True, **kind)
+        weight = torch.empty(vocab, dim, requires_grad=needs_weight, **kind)
+    labels, vectors = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(4, num_rows)
+    if ignored:
+        labels[::8] = ck.IGNORE_INDEX
+    names = ("advantages", "token_weights", "entropy_weights", "ref_logprobs")
+    with LiveBytes(hidden, weight, labels, vectors) as counter:
+        loss, _ = ck.linear_policy_loss(
+            hidden, weight, labels, **dict(zip(names, vectors, strict=True)),
+            spec=ck.ObjectiveSpec.preset("crpo"), backend="triton", **options,
+        )  # fmt: skip
+        forward = counter.restart()
+        loss.backward()
+    assert hidden.grad is not None
+    return forward, counter.peak
