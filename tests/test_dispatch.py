@@ -58,6 +58,7 @@ def without_triton(monkeypatch):
 
 def test_triton_missing(without_triton):
     assert unsupported_reason("triton", GPU, BF16) == "Triton is not installed"
+    assert ck.unsupported_reason("triton", "cuda", BF16) == "Triton is not installed"
     with pytest.raises(
         ValueError,
         match=r"backend: expected 'auto', 'torch' or 'dense' here, got 'triton': Triton is not "

@@ -96,6 +96,12 @@ HEAD_CASES = {
     "backend": ({"backend": "tritn"}, "backend: expected one of .* got 'tritn'"),
     "mode": ({"mode": "one-pass"}, "mode: expected one of .* Did you mean 'one_pass'"),
     "workspace": ({"workspace_bytes": 0}, "workspace_bytes: expected bytes above 0 or None, got 0"),
+    "workspace_text": ({"workspace_bytes": "1GiB"}, "workspace_bytes: .* got '1GiB'"),
+    "workspace_bool": ({"workspace_bytes": True}, "workspace_bytes: .* got True"),
+    "workspace_below_a_row": (
+        {"workspace_bytes": 1403},
+        r"workspace_bytes: expected at least 1404, .* V = 101 .* got 1403\. Pass .*=1404 or more",
+    ),
     "vocab_start": ({"vocab_start": 8}, "vocab_start: expected 0 without a process_group, got 8"),
 }
 META_CASES = {

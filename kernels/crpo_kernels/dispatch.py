@@ -53,13 +53,13 @@ class BackendChoice(NamedTuple):
     reason: str
 
 
-def unsupported_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot run on tensors of this device and dtype, or None where it can.
 
     Raises:
         ValueError: an unknown name.
     """
-    obstacle = _obstacle(backend, device, dtype)
+    obstacle = _obstacle(backend, torch.device(device), dtype)
     return None if obstacle is None else obstacle.reason
 
 
@@ -71,7 +71,7 @@ def _obstacle(
 
 
 def choose_backend(
-    backend: str, device: torch.device, dtype: torch.dtype, *, is_fake: bool = False
+    backend: str, device: torch.device | str, dtype: torch.dtype, *, is_fake: bool = False
 ) -> BackendChoice:
     """The backend that runs; ``auto`` is triton where it can run, else torch.
 
@@ -84,6 +84,7 @@ def choose_backend(
     Raises:
         ValueError: an unknown name, or triton where it cannot run, with the reason.
     """
+    device = torch.device(device)
     obstacle = _obstacle(backend, device, dtype, is_fake=is_fake)
     if obstacle is not None:
         raise ValueError(

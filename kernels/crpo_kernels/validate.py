@@ -304,11 +304,14 @@ def check_workspace(workspace_bytes: int | None) -> None:
     """The bound on extra memory.
 
     Raises:
-        ValueError: not above 0.
+        ValueError: no number above 0.
     """
-    if workspace_bytes is not None and not workspace_bytes > 0:
+    if workspace_bytes is None:
+        return
+    is_number = isinstance(workspace_bytes, int | float) and not isinstance(workspace_bytes, bool)
+    if not (is_number and workspace_bytes > 0):
         raise ValueError(
-            f"workspace_bytes: expected bytes above 0 or None, got {workspace_bytes}. "
+            f"workspace_bytes: expected bytes above 0 or None, got {workspace_bytes!r}. "
             "Pass None for the default."
         )
 
