@@ -45,6 +45,7 @@ class Truth:
     maximum: Tensor  # [C]
     d_raw: Tensor  # [C, V]
     d_logits: Tensor  # [C, V]
+    logits: Tensor  # [C, V]
 
 
 def make_rows(num_rows, vocab, device="cpu", *, seed=0, spread=3.0, options=()) -> Rows:
@@ -87,7 +88,7 @@ def truth_of(rows: Rows) -> Truth:
     logprobs = log_p.gather(1, rows.labels.unsqueeze(1)).squeeze(1)
     maximum = z.amax(1)
     label = z.gather(1, rows.labels.unsqueeze(1)).squeeze(1)
-    return Truth(logprobs, entropy, lse, label == maximum, maximum, d_logits * slope, d_logits)
+    return Truth(logprobs, entropy, lse, label == maximum, maximum, d_logits * slope, d_logits, z)
 
 
 def run_stats(rows: Rows, *, before=0, after=0, columns=(*SUMS, *OUTPUTS)) -> RowTable:

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from .plan import (
     BYTES_OF_VECTORS,
-    GROUP_ROWS,
-    RING_ROWS,
     ROW_MULTIPLE,
     Plan,
     Room,
@@ -87,13 +85,13 @@ def align(plan: Plan, room: Room, lengths: tuple[int, ...]) -> Plan | TooLong:
         return TooLong(longest, most, _enough(room, longest))
     group = None
     if not room.is_separate:
-        limit = min(most, max(longest, room.most_kept, 4 * RING_ROWS // room.item))
+        limit = min(most, max(longest, room.ring_rows))
     elif _keeps_all(room, longest):
         left = (room.available - room.num_rows * row.d_raw) // row.raw
-        limit, group = min(left, max(longest, RING_ROWS)), max(1, room.num_rows)
+        limit, group = min(left, max(longest, room.ring_rows)), max(1, room.num_rows)
     else:
-        share = GROUP_ROWS // RING_ROWS if room.most_kept else 1
-        limit = max(longest, min(RING_ROWS, room.available // (row.raw + share * row.d_raw)))
+        share = 2 if room.most_kept else 1  # chunks of a group, as without sequences
+        limit = max(longest, min(room.ring_rows, room.available // (row.raw + share * row.d_raw)))
         group = (room.available - limit * row.raw) // row.d_raw
         group = max(limit, min(group, share * limit))
     ends = chunk_ends(lengths, even_limit(lengths, limit))
@@ -156,12 +154,12 @@ def modelled_cost(plan: Plan, room: Room, needs: tuple[bool, bool]) -> float:
     chunks = [chunk.stop - chunk.start for group in plan.groups(room.num_rows) for chunk in group]
     groups = [group[-1].stop - group[0].start for group in plan.groups(room.num_rows)]
     times = 2 if plan.mode == "two_pass" and plan.kept is None and any(needs) else 1
-    product_rows = times * sum(-(-size // tile) * tile for size in chunks)
-    product_rows += sum(needs) * sum(-(-size // tile) * tile for size in groups)
+    rows = times * sum(-(-size // tile) * tile for size in chunks)
+    rows += sum(needs) * sum(-(-size // tile) * tile for size in groups)
     wide, item = (4 if room.is_separate else room.item), room.item
     bytes_of_logit = (2 + times) * wide + item + (2 * item if plan.kept == "exps" else 0)
     num_bytes = bytes_of_logit * room.num_rows * room.vocab_size
     if needs[1] and len(groups) > 1:
         num_bytes += 8 * room.vocab_size * room.dim * len(groups)
     rate = OPERATIONS_PER_BYTE_OF_GPU if room.is_gpu else OPERATIONS_PER_BYTE_OF_CPU
-    return 2.0 * product_rows * room.vocab_size * room.dim + rate * num_bytes
+    return 2.0 * rows * room.vocab_size * room.dim + rate * num_bytes

@@ -98,6 +98,7 @@ class Room:
         workspace: bytes in all.
         available: bytes for logits and dZ.
         row: bytes of a row of both.
+        ring_rows: rows of logits that a chunk has at most, unless a sequence is longer.
         most_kept: rows of dZ that may be kept for d_weight; 0 where it needs no gradient.
         block_rows: rows of one block of the row work in torch.
         slab_rows: rows of the vocabulary whose d_weight is added at once where it accumulates.
@@ -112,6 +113,7 @@ class Room:
     workspace: int
     available: int
     row: RowBytes
+    ring_rows: int
     most_kept: int
     block_rows: int
     slab_rows: int
@@ -158,13 +160,15 @@ def make_room(
         if workspace_bytes is not None or backend != "triton":
             available -= blocks + min(num_rows, product_rows(dim)) * dim * 4
         row = RowBytes(4 * padded(vocab_size), item * padded(vocab_size) + 2 * dim * item)
+        ring_rows = RING_ROWS
         most_kept += GROUP_ROWS if needs_weight_grad else 0
     else:
         available -= blocks + slab_rows * dim * stats_item
         row = RowBytes(0, vocab_size * item + 2 * dim * item)
+        ring_rows = max(most_kept, 4 * RING_ROWS // item)
     return Room(
         num_rows, vocab_size, dim, item, has_buffer, is_for_gpu(hidden, backend), workspace,
-        available, row, most_kept, block_rows, slab_rows,
+        available, row, ring_rows, most_kept, block_rows, slab_rows,
     )  # fmt: skip
 
 
@@ -203,8 +207,7 @@ def make_plan(
                 sizes, kept = with_exps, "exps"
         chunk_rows, group_rows = sizes
     else:
-        bound = max(room.most_kept, 4 * RING_ROWS // room.item)
-        most = max(1, min(bound, room.available // room.row.d_raw))
+        most = max(1, min(room.ring_rows, room.available // room.row.d_raw))
         num_chunks = max(1, -(-num_rows // most))
         chunk_rows = group_rows = max(1, -(-num_rows // num_chunks))
         kept = "logits" if may_keep and chunk_rows >= num_rows else None
