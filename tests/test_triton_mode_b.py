@@ -302,7 +302,7 @@ def test_the_choice_is_logged_once_with_its_reason(device, caplog):
 
 
 def test_explain_choice_says_which(monkeypatch):
-    monkeypatch.setattr(dispatch, "triton_obstacle", lambda *_: None)
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda *_, **__: None)
     asked = {"num_rows": 4096, "vocab_size": 131072, "hidden_size": 1024, "backend": "triton"}
     for workspace, words in ((2 << 30, "exponentials of all rows fit"), (1 << 30, "again")):
         text, _ = ck.explain_choice(**asked, workspace_bytes=workspace)
