@@ -66,8 +66,12 @@ def make_rows(num_rows, vocab, device="cpu", *, seed=0, spread=3.0, options=()) 
     return replace(rows, **{k: v for name in options for k, v in found[name].items()})
 
 
-def truth_of(rows: Rows) -> Truth:
-    """The design's formulas in fp64; -inf logits have probability 0."""
+def truth_of(rows: Rows, *, has_labels: bool = True) -> Truth:
+    """The design's formulas in fp64; -inf logits have probability 0.
+
+    Without labels the gradient is that of rows whose label another shard has.
+    """
+    labels = rows.labels if has_labels else torch.zeros_like(rows.labels)
     raw = rows.raw.double()
     shifted = raw if rows.bias is None else raw + rows.bias.double()
     z, slope = rows.scale * shifted, torch.full_like(raw, rows.scale)
@@ -83,11 +87,11 @@ def truth_of(rows: Rows) -> Truth:
     p_log_p = torch.where(p > 0, p * log_p, 0.0)
     entropy = -p_log_p.sum(1)
     g, q, l = rows.slopes.double().unsqueeze(2)  # noqa: E741  [C, 1] each
-    own = torch.zeros_like(z).scatter_(1, rows.labels.unsqueeze(1), 1.0)
+    own = torch.zeros_like(z).scatter_(1, labels.unsqueeze(1), float(has_labels))
     d_logits = g * (own - p) - q * (p_log_p + p * entropy.unsqueeze(1)) + l * p
-    logprobs = log_p.gather(1, rows.labels.unsqueeze(1)).squeeze(1)
+    logprobs = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
     maximum = z.amax(1)
-    label = z.gather(1, rows.labels.unsqueeze(1)).squeeze(1)
+    label = z.gather(1, labels.unsqueeze(1)).squeeze(1)
     return Truth(logprobs, entropy, lse, label == maximum, maximum, d_logits * slope, d_logits, z)
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import crpo_kernels as ck
 import triton_tools
 from numerics import assert_near, assert_same_result, run_loss, spec_of
-from triton_cases import TOLERANCE, WAYS, each_way, note_plans, shrink, small
+from triton_cases import GROUPS, TOLERANCE, WAYS, each_way, note_plans, shrink, small
 
 if reason := triton_tools.why_no_triton():
     pytest.skip(reason, allow_module_level=True)
@@ -232,6 +232,32 @@ def test_no_grad_and_inference_mode_score_without_a_graph(device):
             loss, _ = loss_of(problem, hidden, weight)
         assert not loss.requires_grad
         assert torch.equal(loss, true_loss)
+
+
+@pytest.mark.parametrize("workspace", [None, GROUPS])
+def test_mode_a_needs_no_weight_in_backward(workspace, device):
+    """FSDP2 may take the gathered weight away after forward."""
+    problem = small(device)
+    grads = []
+    for is_gone in (False, True):
+        hidden, weight, bias = leaves = problem.leaves(torch.float32, bias=True)
+        loss, _ = loss_of(problem, hidden, weight, bias=bias, workspace_bytes=workspace)
+        if is_gone:
+            weight.untyped_storage().resize_(0)
+        grads.append(torch.autograd.grad(loss, leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_inputs_changed_before_backward_are_noticed(device):
+    """What backward reads is saved with autograd, which knows its version."""
+    problem = small(device)
+    for mode, index in (("one_pass", 0), ("two_pass", 0), ("two_pass", 1)):
+        leaves = problem.leaves(torch.float32)[:2]
+        loss, _ = loss_of(problem, *leaves, mode=mode)
+        with torch.no_grad():
+            leaves[index].add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @each_way

@@ -37,6 +37,7 @@ OPTIONS = {
     "rows": (None, "list", "tensor"),
     "z_loss": (False, True),
     "vocab": (17, 63, 130),
+    "dim": (8, 7),
 }
 
 
@@ -100,8 +101,9 @@ def test_every_preset_kl_rho_and_weighting(preset, on_policy, device, guarded_em
 @pytest.mark.parametrize("options", pairwise(OPTIONS), ids=lambda o: "-".join(map(str, o.values())))
 def test_options_meet_in_pairs(options, device, plans, guarded_empty):
     options = dict(options)
-    preset, on_policy, vocab = (options.pop(name) for name in ("preset", "on_policy", "vocab"))
-    problem = make_problem(num_rows=13, vocab=vocab, dim=8, ignored=5, seed=vocab)
+    preset, on_policy = options.pop("preset"), options.pop("on_policy")
+    vocab, dim = options.pop("vocab"), options.pop("dim")
+    problem = make_problem(num_rows=13, vocab=vocab, dim=dim, ignored=5, seed=vocab)
     problem = staged(problem.rounded(torch.float32, device), seed=vocab)
     drop = ["old_logprobs"] * on_policy + ["z_loss_weights"] * (not options.pop("z_loss"))
     kind = options.pop("workspace")
@@ -111,7 +113,7 @@ def test_options_meet_in_pairs(options, device, plans, guarded_empty):
         counted = (problem.labels != ck.IGNORE_INDEX).nonzero()[:, 0]
         options["rows"] = counted.tolist() if options["rows"] == "list" else counted
     spec = ck.ObjectiveSpec.preset(preset, kl_coef=0.05)
-    workspace = workspace_of(kind, 10, vocab, 8)
+    workspace = workspace_of(kind, 10, vocab, dim)
     compare(problem, spec=spec, drop=drop, workspace_bytes=workspace, **options)
     assert plans[-1].backend == "triton"
     assert (plans[-1].chunk_rows, plans[-1].group_rows) == SIZES[kind]

@@ -18,8 +18,10 @@ import triton_tools
 if reason := triton_tools.why_no_triton():
     pytest.skip(reason, allow_module_level=True)
 
+import crpo_kernels as ck
 from crpo_kernels import rows_triton
 from crpo_kernels.row_table import COLUMNS
+from numerics import assert_near
 from row_cases import (
     Rows,
     assert_grad,
@@ -158,6 +160,24 @@ def test_a_label_of_probability_zero(device):
     d_raw, truth = run_grad(rows, table.stats()), truth_of(rows)
     assert_grad(d_raw, truth.d_raw, GRAD)
     assert_stats(table, truth, NATS * 1e30)
+
+
+def test_labels_outside_the_vocabulary_read_nothing(device):
+    """-1 says that another shard has the label; any other makes the row's logprob NaN."""
+    rows = make_rows(5, 150, device, options=("bias", "tokens"))
+    truth = truth_of(rows)
+    for row, label in ((1, -1), (2, 150), (3, ck.IGNORE_INDEX), (4, 2**40)):
+        rows.labels[row] = label
+    table = run_stats(rows)
+    assert table.column("logprobs")[1] == -1e30
+    assert table.column("logprobs").isnan().tolist() == [False, False, True, True, True]
+    assert not table.column("is_top1")[1:].any()
+    for name in ("entropy", "lse"):
+        assert_near(table.column(name), getattr(truth, name), 1e-6, name)
+    without = truth_of(rows, has_labels=False)
+    d_raw = run_grad(rows, table.stats())
+    assert_grad(d_raw[:1], truth.d_raw[:1], GRAD)
+    assert_grad(d_raw[1:2], without.d_raw[1:2], GRAD)
 
 
 def test_a_row_of_only_minus_inf_is_uniform(device):
