@@ -256,6 +256,12 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
         model.set_requires_gradient_sync(on)
 
 
+def wait_for_device(world: World) -> None:
+    """Wait until the device has done what it was given, so that times are of what took them."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Clip in place; returns the global L2 norm before clipping.
 

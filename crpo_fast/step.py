@@ -149,6 +149,7 @@ def optimizer_step(
         with timer("optimizer"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)  # not kept while the next rollout is sampled
+            distributed.wait_for_device(world)
     return update
 
 

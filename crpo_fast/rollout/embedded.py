@@ -111,7 +111,7 @@ class EmbeddedEngine(ABC):
     def _prepared(self) -> Iterator[None]:
         """Eval mode and the whole model; modes and global random states are restored afterwards."""
         modes = [(module, module.training) for module in self._model.modules()]
-        cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        cuda = [self._model.device] if self._model.device.type == "cuda" else []
         self._model.eval()
         try:
             with torch.random.fork_rng(devices=cuda), torch.no_grad(), self._gathered():
