@@ -2,12 +2,12 @@
 
 Sources (dense rates, without sparsity; one device):
 
-    h100    NVIDIA H100 Tensor Core GPU datasheet, SXM: 989.4 TFLOP/s bf16 and fp16, 67 fp32,
+    h100    NVIDIA H100 Tensor Core GPU datasheet, SXM: 989.4 TFLOP/s bf16, 67 fp32,
             3.35 TB/s, 80 GB, 50 MB L2 cache
     h200    NVIDIA H200 Tensor Core GPU datasheet, SXM: the same arithmetic, 4.8 TB/s, 141 GB
-    a100    NVIDIA A100 datasheet, SXM 80 GB: 312 bf16 and fp16, 19.5 fp32, 2.039 TB/s
-    b200    NVIDIA DGX B200 datasheet, an eighth of it: 2250 bf16 and fp16, 75 fp32, 8 TB/s, 180 GB
-    mi300x  AMD Instinct MI300X datasheet: 1307.4 bf16 and fp16, 163.4 fp32, 5.3 TB/s, 192 GB
+    a100    NVIDIA A100 datasheet, SXM 80 GB: 312 bf16, 19.5 fp32, 2.039 TB/s
+    b200    NVIDIA DGX B200 datasheet, an eighth of it: 2250 bf16, 75 fp32, 8 TB/s, 180 GB
+    mi300x  AMD Instinct MI300X datasheet: 1307.4 bf16, 163.4 fp32, 5.3 TB/s, 192 GB
 
 fp32 products are counted at the fp32 rate of the vector units: torch uses no TF32 unless asked.
 
@@ -30,7 +30,7 @@ class Device:
 
     Attributes:
         title: name and form.
-        half_flops: bf16 and fp16 products, floating-point operations per second.
+        half_flops: bf16 products, floating-point operations per second.
         single_flops: fp32 arithmetic, operations per second.
         bandwidth: of device memory, bytes per second.
         memory: bytes.

@@ -22,7 +22,7 @@ from crpo_kernels.plan import default_workspace, make_plan, padded, product_rows
 
 from .devices import DEVICES, SUSTAINED_BANDWIDTH, SUSTAINED_PRODUCTS, Device
 
-ITEM = {"bfloat16": 2, "float16": 2, "float32": 4}
+ITEM = {"bfloat16": 2, "float32": 4}  # what the kernels take
 STATS_OPERATIONS = 8  # per logit: scale, maximum, shift, exp, two sums
 GRAD_OPERATIONS = 6  # per logit: scale, shift, exp, two factors, rounding
 
@@ -303,6 +303,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, command: str) -> int:  # noqa: ARG001
     """Print a page for each shape."""
-    pages = (page(s, options.device, options.dtype, options.workspace) for s in options.shape)
+    try:
+        pages = [page(s, options.device, options.dtype, options.workspace) for s in options.shape]
+    except ValueError as error:  # as a call would say it
+        print(f"roofline: {error}")
+        return 2
     print("\n\n\n".join(pages))
     return 0

@@ -140,6 +140,11 @@ def test_a_bad_shape_says_what_to_type(text, capsys):
     assert "Write --shape 8192,131072,4096" in capsys.readouterr().err
 
 
+def test_a_workspace_below_one_row_is_what_a_call_would_refuse(capsys):
+    assert main(["roofline", "--shape", "64,1000,32", "--workspace", "100"]) == 2
+    assert "workspace_bytes: expected at least" in capsys.readouterr().out
+
+
 def test_it_needs_no_triton_and_no_peer(root):
     code = (
         "import sys; sys.modules.update(triton=None, trl=None, liger_kernel=None)\n"
