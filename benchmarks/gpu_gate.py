@@ -87,6 +87,12 @@ def run(options: argparse.Namespace, command: str) -> int:
             "CPU, tiny and without any claim about time."
         )
         return 2
+    if not options.rehearse and os.environ.get(INTERPRETER) == "1":
+        print(
+            f"gpu-gate: expected compiled kernels, got {INTERPRETER}=1. Type unset {INTERPRETER}, "
+            "or add --rehearse."
+        )
+        return 2
     device = torch.device("cpu")
     if not options.rehearse:
         device = torch.device("cuda", torch.cuda.current_device())

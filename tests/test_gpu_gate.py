@@ -234,6 +234,13 @@ def test_real_sizes_pass_int32_and_are_no_multiples_of_blocks():
     assert gpu_gate.TOTAL_SECONDS + gpu_gate.GRACE < 9 * 60
 
 
+def test_interpreted_kernels_are_not_timed(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["gpu-gate"]) == 2
+    assert "Type unset TRITON_INTERPRET" in capsys.readouterr().out
+
+
 def test_without_a_gpu_it_says_what_to_type(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
