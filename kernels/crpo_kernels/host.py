@@ -31,7 +31,7 @@ def on_device(
     Raises:
         ValueError: memory of the host would become part of a CUDA graph that is captured.
     """
-    if isinstance(values, Tensor) and not values.dim() and values.device.type == "cpu":
+    if isinstance(values, Tensor) and not values.dim() and is_readable(values):
         dtype, values = dtype or values.dtype, values.item()
     if device.type != "cpu" and not isinstance(values, Tensor):
         if isinstance(values, int | float):
@@ -54,6 +54,11 @@ def on_device(
         )  # fmt: skip
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the values may be read here: no device is waited for, no graph is being traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_not_capturing(device: torch.device, message: str) -> None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .call import cast_for_autocast, needs_gradient
-from .operators import SPEC_FIELDS, VECTORS, HeadArguments, logprobs_op, policy_loss_op
-from .spec import Logprobs, ObjectiveSpec, TokenStats
+from .operators import VECTORS, HeadArguments, logprobs_op, policy_loss_op
+from .spec import OPTIONS, Logprobs, ObjectiveSpec, TokenStats
 from .validate import check_objective, check_plain
 
 
@@ -86,7 +86,7 @@ def traced_policy_loss(
     constants = [v if v is None else v.detach() for v in (vectors[name] for name in VECTORS)]
     if cu_seqlens is not None:
         cu_seqlens = torch.as_tensor(cu_seqlens)
-    options = [getattr(spec, field) for field in SPEC_FIELDS]
+    options = [getattr(spec, field) for field in OPTIONS]
     loss, table, *_ = policy_loss_op(
         *_head_arguments(inputs, run), *constants, cu_seqlens, *options
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +48,6 @@ OBJECTIVE_SCHEMA = (
     "float rho_cap, float rho_floor"
 )
 VECTORS = TokenInputs._fields[1:]  # in the order of the schema, as the fields of the spec are
-SPEC_FIELDS = tuple(field.name for field in fields(ObjectiveSpec))
 KEPT = ("maximum", "log_sum", "mean_shift", "is_top1")  # of a row for its gradient
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -84,12 +84,12 @@ class ObjectiveSpec:
             ValueError: no such preset, or an override that is no option.
         """
         check_choice("preset", name, tuple(PRESETS))
-        options = tuple(field.name for field in fields(cls))
         for option in overrides:
-            check_choice("override", option, options)
-        return replace(cls(**PRESETS[name]), **overrides)
+            check_choice("override", option, OPTIONS)
+        return cls(**{**PRESETS[name], **overrides})  # type: ignore[arg-type]
 
 
+OPTIONS = tuple(field.name for field in fields(ObjectiveSpec))
 PRESETS: dict[str, dict] = {
     "crpo": {"kl_coef": 0.01},  # 2606.13176
     "grpo": {},  # 2402.03300

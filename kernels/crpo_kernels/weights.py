@@ -13,7 +13,7 @@ the result.
     bnpo           1 / (num_groups * group_tokens[group_ids[b]])
 
 Tensors on a device are never read on the host, which would wait for the device: what only their
-values can tell is refused on the CPU alone.
+values can tell is refused on the CPU alone, and not in a graph that torch.compile traces.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .host import on_device
+from .host import is_readable, on_device
 from .support import asks_for_interpreter, triton_obstacle
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
@@ -110,7 +110,7 @@ def _bnpo_denominators(
         group_tokens = group_tokens.reshape(-1)  # [num_groups]
     if not num_local:
         return mask.new_empty(0)
-    if host.device.type == "cpu":
+    if is_readable(host):
         _check_group_ids(host, group_tokens)
     groups = on_device("group_ids", host, mask.device)  # [B]
     if group_tokens is not None:
@@ -283,7 +283,7 @@ def _per_stage(argument: str, values: Tensor | Sequence[float], counts: Tensor) 
 
 
 def _check_stage_ids(ids: Tensor, num_stages: int) -> None:
-    if ids.device.type != "cpu" or not ids.numel():
+    if not (ids.numel() and is_readable(ids)):
         return
     low, high = (int(value) for value in torch.aminmax(ids))
     if low < -1 or high >= num_stages:
@@ -318,7 +318,7 @@ def _checked_bounds(cu_seqlens: Tensor, num_rows: int) -> Tensor:  # [B + 1]
             f"cu_seqlens: expected integers [B + 1], got {bounds.dtype} {list(bounds.shape)}. "
             "Pass the running sum of the sequence lengths, 0 first."
         )
-    if bounds.device.type == "cpu":
+    if is_readable(bounds):
         is_sorted = bool((bounds[1:] >= bounds[:-1]).all())
         if int(bounds[0]) != 0 or int(bounds[-1]) != num_rows or not is_sorted:
             raise ValueError(

@@ -1,0 +1,263 @@
+"""The loss in a compiled model: autocast, checkpointing, DDP, mistakes, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import crpo_kernels as ck
+from compile_tools import (
+    BACKENDS,
+    SIZE,
+    assert_same,
+    compiled,
+    forget_graphs,
+    loss_step,
+    need,
+    problem_on,
+    results,
+)
+from crpo_kernels import operators
+from crpo_kernels.compilation import missing_toolchain
+from numerics import assert_near, make_problem, spec_of
+
+__all__ = ["forget_graphs"]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(inside, device):
+    problem = problem_on(device)
+
+    def loss_of(hidden, weight):
+        out = ck.linear_logprobs(hidden, weight, problem.labels, backend="torch")
+        loss, _ = ck.linear_policy_loss(
+            hidden, weight, problem.labels, backend="torch", spec=spec_of("dapo"),
+            **{k: v.float() for k, v in problem.vectors.items()},
+        )  # fmt: skip
+        return loss + (out.entropy * out.logprobs).sum(), out.lse.detach()
+
+    def step(hidden, weight):
+        if not inside:
+            return loss_of(hidden, weight)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return loss_of(hidden, weight)
+
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=not inside):
+        truth = assert_same(step, [problem.hidden.float(), problem.weight.float()])
+    plain = results(loss_of, [problem.hidden.float(), problem.weight.float()])
+    assert truth[-1].dtype == torch.float32
+    assert not torch.equal(truth[1], plain[1]), "products in bf16"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend, device):
+    need(backend)
+    problem = problem_on(device)
+    step = loss_step(problem, "crpo", {"backend": backend}, torch.float32)
+
+    def block(hidden, weight, bias):
+        loss, _, entropy, *_ = step(hidden, weight, bias)
+        out = ck.linear_logprobs(hidden.sin(), weight, problem.labels, backend=backend)
+        return loss + (out.entropy * out.logprobs).sum(), entropy
+
+    def checkpointed(hidden, weight, bias):
+        loss, entropy = checkpoint(block, hidden, weight, bias, use_reentrant=False)
+        return loss * 1.0, entropy
+
+    leaves = [x.float() for x in (problem.hidden, problem.weight, problem.bias)]
+    truth = results(block, leaves)
+    for run in (checkpointed, compiled(checkpointed)):
+        for want, got in zip(truth, results(run, leaves), strict=True):
+            assert_near(got, want, 2e-6)
+
+
+class Model(nn.Module):
+    """A body, a head and the loss, as a user writes them."""
+
+    def __init__(self, problem, backend="torch"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+        self.head = nn.Linear(8, 67)
+        self.options = {"backend": backend, "spec": spec_of("crpo")}
+        for name, value in problem.vectors.items():
+            self.register_buffer(name, value.float())
+
+    def forward(self, x, labels):
+        loss, stats = ck.linear_policy_loss(
+            self.body(x), self.head.weight, labels, bias=self.head.bias, **self.options,
+            **dict(self.named_buffers(recurse=False)),
+        )  # fmt: skip
+        return loss, stats
+
+
+def model_results(model, problem):
+    model.zero_grad()
+    loss, stats = model(problem.hidden.float(), problem.labels)
+    loss.backward()
+    return [loss.detach(), *stats, *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_whole_model_with_generated_code(backend, device):
+    need(backend)
+    if device == "cpu" and (reason := missing_toolchain()):
+        pytest.skip(reason)
+    problem = problem_on(device)
+    model = Model(problem, backend).to(device)
+    run = torch.compile(model, fullgraph=True)
+    truth, value = model_results(model, problem), model_results(run, problem)
+    for number, (want, got) in enumerate(zip(truth, value, strict=True)):
+        assert_near(got, want, 1e-5, str(number))
+
+
+def test_under_ddp(tmp_path):
+    problem = make_problem(**SIZE)
+    plain = model_results(Model(problem), problem)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Model(problem))
+        value = model_results(torch.compile(model, backend="aot_eager"), problem)
+        value += model_results(
+            nn.parallel.DistributedDataParallel(compiled(Model(problem))), problem
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+    for want, got in zip(plain * 2, value, strict=True):
+        assert_near(got, want, 2e-6)
+
+
+ERRORS = {
+    "labels": ({"labels": torch.full((21,), 67)}, r"labels: .* 0\.\.66 or -100, got 67 at row 0"),
+    "weight": ({"weight": torch.zeros(67, 9)}, r"weight: expected \[V, 8\]"),
+    "length": ({"advantages": torch.zeros(20)}, "advantages: expected T = 21 values"),
+    "temperature": ({"temperature": 0.0}, "temperature: .* above 0, got 0.0"),
+    "softcap": ({"logit_softcap": -2.0}, "logit_softcap: .* got -2.0"),
+    "rows": ({"rows": [1, 99]}, "rows: expected distinct indices"),
+    "backend": ({"backend": "tritn"}, "backend: .* got 'tritn'"),
+    "mode": ({"mode": "one_pas"}, "mode: .* Did you mean 'one_pass'"),
+    "workspace": ({"workspace_bytes": 1}, "workspace_bytes: "),
+    "missing": ({"advantages": None}, "advantages: expected a tensor"),
+}
+SHAPES = {
+    "a_list": ({"labels": [1] * 21}, "labels: expected a torch.Tensor, got list"),
+    "no_spec": ({"spec": "crpo"}, "spec: expected an ObjectiveSpec, got 'crpo'"),
+    "shard": ({"process_group": 1}, "process_group: vocabulary-parallel heads are not"),
+    "dense": ({"backend": "dense"}, "backend: 'dense' has no operator"),
+}
+
+
+def compiled_call(changes, device):
+    problem = problem_on(device)
+    arguments = {
+        "hidden": problem.hidden.float(),
+        "weight": problem.weight.float(),
+        "labels": problem.labels,
+        "backend": "torch",
+        "spec": ck.ObjectiveSpec(),
+        "token_weights": problem.vectors["token_weights"],
+        "advantages": problem.vectors["advantages"],
+    } | changes
+    arguments = {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
+    positional = [arguments.pop(name) for name in ("hidden", "weight", "labels")]
+    return compiled(lambda *x: ck.linear_policy_loss(*x, **arguments)[0] * 2)(*positional)
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_mistake_is_the_valueerror_of_an_eager_call(case):
+    changes, message = ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        compiled_call(changes, "cpu")
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_what_cannot_be_traced_says_so_in_the_error(case, device):
+    changes, message = SHAPES[case]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        compiled_call(changes, device)
+
+
+@pytest.mark.parametrize("how", ["aot_eager", "eager"])
+@pytest.mark.parametrize("function", ["loss", "logprobs"])
+def test_a_second_derivative_is_refused(function, how, device):
+    problem = problem_on(device)
+    hidden, weight, _ = problem.leaves(torch.float32)
+    weights = problem.vectors["token_weights"]
+
+    def loss_of(hidden):
+        if function == "logprobs":
+            out = ck.linear_logprobs(hidden.sin(), weight, problem.labels, backend="torch")
+            return (out.logprobs**2).sum()
+        return ck.linear_policy_loss(
+            hidden.sin(), weight, problem.labels, token_weights=weights, backend="torch",
+            spec=ck.ObjectiveSpec("sft"),
+        )[0] ** 2  # fmt: skip
+
+    loss = compiled(loss_of, backend=how)(hidden)
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward|no autograd formula"):
+        grad.sum().backward()
+
+
+def test_torch_func_is_refused():
+    problem = make_problem(**SIZE)
+
+    def loss_of(hidden):
+        return ck.linear_logprobs(hidden, problem.weight, problem.labels).logprobs.sum()
+
+    with pytest.raises(RuntimeError, match=r"setup_context|functorch"):
+        torch.func.grad(loss_of)(problem.hidden)
+
+
+def test_a_graph_may_be_used_twice(device):
+    problem = problem_on(device)
+    step = compiled(loss_step(problem, "crpo", {"backend": "torch"}, torch.float32))
+    leaves = problem.leaves(torch.float32, bias=True)
+    loss = step(*leaves)[0]
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss * 3, leaves)
+    for a, b in zip(first, second, strict=True):
+        assert_near(b, 3 * a, 2e-6)
+
+
+def test_dense_and_a_frame_that_was_given_up_run_as_they_are(device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for backend in ("dense", "torch"):
+        torch._dynamo.reset()
+
+        def step(hidden, weight, labels, backend=backend):
+            return ck.linear_logprobs(hidden * 2, weight, labels, backend=backend).entropy.sum()
+
+        with torch._dynamo.config.patch(recompile_limit=1):
+            run = torch.compile(step, backend=counter, dynamic=False)
+            for num_rows in (21, 9, 13):
+                problem = problem_on(device, num_rows=num_rows)
+                found = []
+                for function in (step, run):
+                    hidden, weight, _ = problem.leaves(torch.float32)
+                    function(hidden, weight, problem.labels).backward()
+                    found.append((hidden.grad, weight.grad))
+                for want, got in zip(*found, strict=True):
+                    assert torch.equal(got, want)
+    assert counter.frame_count < 12, "the loop over chunks is not traced"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_are_what_they_say(backend, device):
+    """Schema, fake, autograd and dispatch, as torch checks its own operators."""
+    need(backend)
+    problem = problem_on(device, num_rows=7, vocab=19, dim=4)
+    leaves = problem.leaves(torch.float32, bias=True)
+    tokens = [problem.vectors[name].float() for name in operators.VECTORS]
+    spec = ("clip", 0.2, 0.3, 0.1, "k3", None, 2.0, 0.0)
+    for needs in ([True, True, True], [True, False, False]):
+        tensors = [x.detach().requires_grad_(y) for x, y in zip(leaves, needs, strict=True)]
+        head = (
+            *tensors[:2], problem.labels, tensors[2], None, problem.temperature.float(),
+            1.0, 1.5, 8.0, backend, "auto", None, needs,
+        )  # fmt: skip
+        torch.library.opcheck(operators.policy_loss_op, (*head, *tokens, None, *spec))
+        torch.library.opcheck(operators.logprobs_op, head)
