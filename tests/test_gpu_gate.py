@@ -17,6 +17,7 @@ from benchmarks import gpu_behaviour, gpu_gate
 from benchmarks.__main__ import main
 from benchmarks.gpu_report import LATE, CannotRun, OutOfTime, Part, at_most_seconds, plain
 from benchmarks.gpu_scale import real_scale, rehearsal_scale
+from benchmarks.shipped_calls import shipped_kernels
 from crpo_kernels import work_triton
 
 interpreted = pytest.mark.skipif(
@@ -108,6 +109,22 @@ def test_a_wrong_logprob_fails(monkeypatch):
     monkeypatch.setattr(work_triton, "row_stats", wrong)
     names = failed(run("precision"), "precision")
     assert sum("logprobs" in name for name in names) == 6
+
+
+@interpreted
+def test_every_shipped_kernel_is_checked(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # stage weights ask for it on a CPU
+    started = set()
+    for module in {sys.modules[kernel.fn.__module__] for kernel in shipped_kernels()}:
+
+        def noted(kernel, *rest, run=module.launch, **meta):
+            started.add(kernel)
+            run(kernel, *rest, **meta)
+
+        monkeypatch.setattr(module, "launch", noted)
+    report = run("precision", "options")
+    assert not any(part["has_failed"] for part in report["parts"].values())
+    assert started == shipped_kernels()
 
 
 def spoil_stats(monkeypatch, spoil):
