@@ -143,14 +143,16 @@ def _asked(key: str, value: str, default: str) -> str:
 
 
 def _loss_choice(session: Session) -> tuple[str, str]:
-    """As the kernels choose for a full micro-batch of the last phase."""
+    """As the kernels choose for the last phase: a full micro-batch of the longest completions."""
     config, model = session.config, session.policy.model
     phase = config.phases[-1]
     spec = loss_spec(config, phase, session.task.grammar.coefs())
     head = model.get_output_embeddings()
     updates = 1 if phase.algorithm == "sft" else config.train.updates_per_rollout
+    budget, longest = config.train.token_budget, config.rollout.max_tokens
     return explain_choice(
-        num_rows=config.train.token_budget,
+        num_rows=budget,
+        sequence_lengths=[*[longest] * (budget // longest), budget % longest],
         vocab_size=head.weight.shape[0],
         hidden_size=head.weight.shape[1],
         dtype=getattr(torch, config.model.compute_dtype),

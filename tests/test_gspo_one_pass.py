@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -271,6 +272,20 @@ def test_the_choice_is_logged_once(caplog):
         ),
         f"{start} two_pass: asked for; the logits are computed again for the gradient",
     ]
+
+
+def test_explain_choice_knows_sequences():
+    asked = {"num_rows": 60, "vocab_size": 700, "hidden_size": 16, "spec": spec_of("gspo")}
+    asked |= {"is_on_policy": False, "dtype": torch.float32, "backend": "torch"}
+    for lengths, words in (
+        (None, "mode two_pass: the ratio of gspo .*, and the sequences are not known here; "),
+        ([20, 0, 40], "mode one_pass: whole sequences fit a chunk"),
+    ):
+        assert re.search(words, ck.explain_choice(**asked, sequence_lengths=lengths)[0])
+    small = ck.explain_choice(**asked, sequence_lengths=[60], workspace_bytes=100_000)[0]
+    assert "the longest does not fit a chunk of this workspace" in small
+    with pytest.raises(ValueError, match=r"sequence_lengths: expected 60 tokens .* got 59"):
+        ck.explain_choice(**asked, sequence_lengths=[59])
 
 
 def test_on_policy_needs_no_sequences_in_a_chunk(plans):

@@ -22,8 +22,12 @@ Both take the head the same way:
                      "torch" (any device), "dense" (the oracle: all logits, plain autograd), "auto":
                      triton where it can run, else torch; the logger crpo_kernels says which and why
     mode             "one_pass": gradients are made while a chunk's logits are hot (6NVD work).
-                     "two_pass": after the statistics of all rows (8NVD; 6NVD within the workspace).
-                     "auto": one_pass wherever the coefficients are known before the head runs
+                     "two_pass": after the statistics of all rows; 6NVD where e^(z - m) of all rows
+                     (torch on a CPU: their logits) fits the workspace and is kept until the first
+                     backward, else 8NVD, as is every further backward.
+                     "auto": one_pass wherever the coefficients are known before the head runs, and
+                     for off-policy gspo where chunks of whole sequences fit and cost no more: give
+                     cu_seqlens (and rows) on the CPU, a GPU is not asked for them. Logged once
     workspace_bytes  bound on logits, gradient factors and scratch together, refused below what one
                      row needs; a fp32 d_weight that accumulates counts as a gradient. None: 1 GiB
                      on a CPU, 4 V D bytes and 1024 fp32 rows on a GPU, or half of what is free

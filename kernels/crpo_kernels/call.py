@@ -152,6 +152,7 @@ class HeadCall:
         workspace_bytes: int | None,
         one_pass_reason: str | None,
         lengths: Lengths | None = None,
+        may_keep: bool = True,
     ) -> None:
         """Choose backend, mode and chunk size.
 
@@ -161,6 +162,7 @@ class HeadCall:
             workspace_bytes: as in the call.
             one_pass_reason: why chunks that know no sequences cannot be one pass, or None.
             lengths: of the sequences, where whole ones in a chunk can be.
+            may_keep: whether forward may keep something of all rows for the gradient.
 
         Raises:
             ValueError: an unknown name, or a backend or mode that cannot run, with the reason.
@@ -182,7 +184,7 @@ class HeadCall:
             is_compiled = eager_reason is None and choice.name == "torch"
             return make_plan(
                 self.hidden, self.weight, num_rows, mode=mode, is_compiled=is_compiled,
-                needs_grad=self.needs_any, **sizes,
+                needs_grad=self.needs_any and may_keep, **sizes,
             )  # fmt: skip
 
         if lengths is None or choice.name == "dense":

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from .aligned import Lengths
 from .compilation import uncompiled_reason
-from .dispatch import choose_backend, choose_mode, mode_reason, one_pass_reason, rows_reason
-from .plan import make_plan
+from .dispatch import (
+    choose_aligned,
+    choose_backend,
+    choose_mode,
+    mode_reason,
+    one_pass_reason,
+    rows_reason,
+)
+from .plan import Plan, make_plan, make_room
 from .spec import ObjectiveSpec
 
 
@@ -19,6 +29,7 @@ def explain_choice(
     device: str | torch.device = "cpu",
     spec: ObjectiveSpec | None = None,
     is_on_policy: bool = True,
+    sequence_lengths: Sequence[int] | None = None,
     backend: str = "auto",
     mode: str = "auto",
     workspace_bytes: int | None = None,
@@ -33,6 +44,8 @@ def explain_choice(
         device: of both.
         spec: of `linear_policy_loss`; None: of `linear_logprobs`.
         is_on_policy: no ``old_logprobs`` are given.
+        sequence_lengths: counted tokens of each sequence, ``num_rows`` in all, by which off-policy
+            gspo may run in one pass.
         backend: as in the call.
         mode: as in the call.
         workspace_bytes: as in the call.
@@ -41,22 +54,27 @@ def explain_choice(
         ValueError: an unknown name, or a backend or mode that cannot run, with the reason.
     """
     why_not = one_pass_reason(spec, is_on_policy)
-    chosen_mode = choose_mode(mode, why_not)
     choice = choose_backend(backend, torch.device(device), dtype)
     # shapes, dtype and device are all that the predicates read
     hidden = torch.empty(0, hidden_size, dtype=dtype, device=device)
     weight = torch.empty(1, 1, dtype=dtype, device=device).expand(vocab_size, hidden_size)
     eager_reason = uncompiled_reason(hidden, num_rows, vocab_size)
-    plan = make_plan(
-        hidden,
-        weight,
-        num_rows,
-        backend=choice.name,
-        mode=chosen_mode,
-        workspace_bytes=workspace_bytes,
-        needs_weight_grad=True,
-        is_compiled=eager_reason is None and choice.name == "torch",
-    )
+    sizes = {
+        "backend": choice.name,
+        "workspace_bytes": workspace_bytes,
+        "needs_weight_grad": True,
+    }
+
+    def plan_of(mode: str) -> Plan:
+        is_compiled = eager_reason is None and choice.name == "torch"
+        return make_plan(hidden, weight, num_rows, mode=mode, is_compiled=is_compiled, **sizes)
+
+    if spec is None or why_not is None or choice.name == "dense":
+        plan = plan_of(choose_mode(mode, why_not))
+    else:
+        lengths = _checked_lengths(sequence_lengths, num_rows)
+        room = make_room(hidden, weight, num_rows, **sizes)
+        plan, why_not = choose_aligned(mode, lengths, plan_of, room, (True, True))
     mode_text = mode_reason(plan, why_not)
     passes = rows_reason(eager_reason)
     if choice.name != "torch":
@@ -64,3 +82,14 @@ def explain_choice(
             choice.name
         ]
     return f"backend {choice.name} ({choice.reason}), {mode_text}", passes
+
+
+def _checked_lengths(sequence_lengths: Sequence[int] | None, num_rows: int) -> Lengths:
+    if sequence_lengths is None:
+        return Lengths(None, "the sequences are not known here")
+    if sum(sequence_lengths) != num_rows:
+        raise ValueError(
+            f"sequence_lengths: expected {num_rows} tokens (num_rows) in all, got "
+            f"{sum(sequence_lengths)}. Pass the counted tokens of every sequence."
+        )
+    return Lengths(tuple(length for length in sequence_lengths if length))

@@ -273,7 +273,7 @@ def _backprop(*arguments: Any) -> tuple[Tensor, ...]:
     logprobs, kept, *grads = arguments[NUM_HEAD:]
     with torch.no_grad(), without_autocast(head.hidden):
         call = head.call()
-        call.plan(*head.run, one_pass_reason(None, is_on_policy=True))
+        call.plan(*head.run, one_pass_reason(None, is_on_policy=True), may_keep=False)
         stats = RowStats(*(call.compact(column) for column in (logprobs, *kept)))
         g, q, l = (grad if grad is None else call.compact(grad) for grad in grads)  # noqa: E741
         if g is None:
