@@ -84,6 +84,7 @@ CASES = (
     Case("fsdp_empty_rank", empty="no_rows"),
     Case("fsdp_empty_rank_tied", empty="no_rows", tied=True, mode="two_pass", reshard=True),
 )
+TRAINER_CASES = {1: (4, 19), 2: (1, 3, 4, 14, 19), 4: ()}  # of layout_cases.covering_set
 FOUR_RANKS = ("ddp", "fsdp_recomputed_tied", "fsdp_tied", "fsdp_empty_rank")
 ONE_RANK = ("ddp_autocast", "fsdp_small", "fsdp_recomputed_tied", "fsdp_own_loss", "fsdp_bf16")
 

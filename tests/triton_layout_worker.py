@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import layout_cases
+import layout_worker
+from crpo_fast.distributed import World
+from crpo_fast.loss import LossSpec
 from crpo_kernels import exps_triton, launch_triton, linear_policy_loss, rows_triton
 from triton_layout_cases import (
     BLOCK_V,
+    TRAINER_CASES,
     VOCAB,
     Case,
     Net,
@@ -151,6 +157,26 @@ def one_case(case: Case, rank: int, size: int) -> Results:
     return result
 
 
+class TritonCase(layout_cases.Case):
+    """A case of the trainer's layout tests with the loss's kernels."""
+
+    @property
+    def spec(self) -> LossSpec:
+        """As without kernels."""
+        return replace(super().spec, options=(("backend", "triton"),))
+
+
+def trained(rank: int, size: int) -> Results:
+    """Steps of the trainer: packing, dummies, reference and old logprobs, FSDP2, metrics."""
+    world, found = World(rank, size, torch.device("cpu")), {}
+    for index in TRAINER_CASES[size]:
+        case, launches = TritonCase(**vars(layout_cases.covering_set()[index])), []
+        with noted(launches):
+            found[str(index)] = layout_worker.one_case(case, world, "float32")
+        found[str(index)]["launches"] = len(launches)
+    return found
+
+
 def refused(size: int) -> str:
     """What is said to somebody who hands over a sharded weight."""
     net = Net(Case("refused"))
@@ -171,7 +197,7 @@ def refused(size: int) -> str:
 def checks(rank: int, size: int) -> Results:
     """Everything of one group."""
     cases = {case.name: one_case(case, rank, size) for case in cases_of(size)}
-    return {"cases": cases, "refused": refused(size)}
+    return {"cases": cases, "steps": trained(rank, size), "refused": refused(size)}
 
 
 def run_rank(rank: int, size: int, out: Path, work: Callable[[int, int], Results]) -> None:
