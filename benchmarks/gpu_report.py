@@ -36,15 +36,19 @@ def at_most_seconds(seconds: float) -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        raise OutOfTime(f"stopped after {seconds:.0f} s")
+        raise OutOfTime(f"stopped after {seconds:.3g} s")
 
+    begin, (outer, _) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    signal.setitimer(signal.ITIMER_REAL, max(min(seconds, outer or seconds), 0.001))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if outer:  # what is left of a limit around this one
+            left = outer - (time.monotonic() - begin)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
 
 
 @dataclass

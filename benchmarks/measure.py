@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from .baselines import FLOORS, NAIVE, Candidate
+from .baselines import FLOORS, NAIVE, Candidate, Result
 from .cases import Case, Inputs, make_inputs
 from .clock import Clock, measure_seconds
-from .gpu_report import LATE
+from .gpu_report import LATE, OutOfTime, at_most_seconds
 from .output import say
 from .timing import errors, exact_result, memory_of, summary
 
@@ -68,6 +69,7 @@ def measure(
     clock: Clock,
     rounds: Callable[[Candidate], int],
     is_late: Callable[[], bool] = never,
+    peer_seconds: float = 3600.0,
 ) -> dict:
     """A part of a report: every candidate on one case.
 
@@ -77,6 +79,7 @@ def measure(
         clock: of the device.
         rounds: how often a candidate is timed.
         is_late: asked before a candidate's first step; those that come too late are dropped.
+        peer_seconds: limit for the first steps of another project, its compilation included.
     """
     say(f"{case.name}: inputs")
     inputs = make_inputs(case, device=clock.device)
@@ -91,16 +94,15 @@ def measure(
             found.missing[candidate.key] = LATE
             say(f"{candidate.title}: {LATE}")
             continue
-        try:
-            say(f"errors and memory: {candidate.title}")
-            truth = truths[candidate.has_entropy_gradient]
-            if candidate.has_errors:
-                given = candidate.inputs_of(few)
-                found.errors[candidate.key] = errors(candidate, given, truth, columns)
-            found.memory[candidate.key] = prepare(candidate, inputs, clock)
-        except Exception as error:
-            if candidate.is_ours or candidate.is_floor:
-                raise
+        say(f"errors and memory: {candidate.title}")
+        truth = truths[candidate.has_entropy_gradient]
+        if candidate.is_ours or candidate.is_floor:
+            look_at(candidate, inputs, few, (truth, columns), found, clock)
+            continue
+        try:  # what goes wrong with a peer is its row
+            with at_most_seconds(peer_seconds):
+                look_at(candidate, inputs, few, (truth, columns), found, clock)
+        except (Exception, OutOfTime) as error:
             found.missing[candidate.key] = f"{type(error).__name__}: {str(error)[:200]}"
             say(f"{candidate.title} cannot run: {found.missing[candidate.key]}")
         release(clock.device)
@@ -110,6 +112,20 @@ def measure(
         "entropy_quantiles": quantiles(truths[True].entropy),
         "error_rows": few.labels.numel(),
     }
+
+
+def look_at(
+    candidate: Candidate,
+    inputs: Inputs,
+    few: Inputs,
+    truth: tuple[Result, Tensor],
+    found: Measurements,
+    clock: Clock,
+) -> None:
+    """Errors and memory of one candidate; after it its code and buffers exist."""
+    if candidate.has_errors:
+        found.errors[candidate.key] = errors(candidate, candidate.inputs_of(few), *truth)
+    found.memory[candidate.key] = prepare(candidate, inputs, clock)
 
 
 def release(device: torch.device) -> None:
@@ -145,7 +161,7 @@ def summarized(case: Case, candidates: list[Candidate], found: Measurements) -> 
     }
 
 
-def quantiles(entropy: torch.Tensor | None) -> list[float]:
+def quantiles(entropy: Tensor | None) -> list[float]:
     """The tenth and the ninetieth percentile."""
     assert entropy is not None, "the truth has everything"
     return [float(q) for q in entropy.quantile(entropy.new_tensor([0.1, 0.9]))]

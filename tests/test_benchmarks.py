@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -250,7 +251,7 @@ def test_memory_is_counted_in_forward_and_in_backward():
     assert found == {"extra_bytes": 32_000, "workspace_bytes": 20_000}
 
 
-def test_candidates_that_fail_or_come_too_late_say_so():
+def test_candidates_that_fail_hang_or_come_too_late_say_so():
     case = CASES["cpu"].__class__("tiny", 8, 50, 16, torch.float32)
 
     def fails(inputs):
@@ -270,6 +271,10 @@ def test_candidates_that_fail_or_come_too_late_say_so():
     rows = {row["key"]: row for row in report["rows"]}
     assert rows["peer"]["missing"] == "RuntimeError: out of something"
     assert rows["late"]["missing"] == "dropped for lack of time"
+    slow = baselines.Candidate("slow", "slow", lambda _: time.sleep(20))
+    cpu = Clock(torch.device("cpu"))
+    report = measure(case, [floor, slow], cpu, lambda _: 1, peer_seconds=0.1)
+    assert report["rows"][1]["missing"] == "OutOfTime: stopped after 0.1 s"
     broken = baselines.Candidate("one_pass", "crpo_kernels, x", fails)
     with pytest.raises(RuntimeError, match="out of something"):
         measure(case, [floor, broken], Clock(torch.device("cpu")), lambda _: 1)

@@ -235,6 +235,19 @@ def test_errors_of_candidates_do_not_hide_the_end_of_time():
         step()
 
 
+def test_a_limit_within_a_limit_leaves_the_outer_one():
+    def goes_on():
+        with at_most_seconds(100):
+            time.sleep(0.01)
+        time.sleep(10)
+
+    with pytest.raises(OutOfTime), at_most_seconds(0.3):
+        goes_on()
+    with at_most_seconds(0.2), contextlib.suppress(OutOfTime), at_most_seconds(0.05):
+        time.sleep(10)
+    time.sleep(0.3)  # nothing is left running
+
+
 def test_numbers_that_json_has_not():
     value = {"a": [1.0, math.inf], "b": {"c": math.nan}}
     assert plain(value) == {"a": [1.0, "inf"], "b": {"c": "nan"}}
