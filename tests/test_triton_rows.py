@@ -278,7 +278,7 @@ def test_rows_of_the_gradient_sum_to_the_slope_of_lse(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_beyond_2_to_31_elements(dtype, device):
-    """Row 2 begins at element 2^31 + 32 of both buffers: int32 would wrap to its negative."""
+    """Row 2 begins 2^31 + 32 elements behind row 0 in both buffers: int32 would wrap."""
     pitch, vocab = 2**30 + 16, 150
     rows = make_rows(3, vocab, device)
     truth = truth_of(rows)
@@ -292,8 +292,11 @@ def test_rows_beyond_2_to_31_elements(dtype, device):
 
 
 def sparse(shape, pitch, dtype, device):
-    """Rows that lie ``pitch`` elements apart; on a CPU the pages between them are never touched."""
-    num_elements = (shape[0] - 1) * pitch + shape[1]
+    """Rows that lie ``pitch`` elements apart; on a CPU the pages between them are never touched.
+
+    They begin at element 2^31, so that what int32 would make of their addresses is memory too.
+    """
+    num_elements = 2**31 + (shape[0] - 1) * pitch + shape[1]
     num_bytes = num_elements * dtype.itemsize
     if device == "cuda":
         if torch.cuda.mem_get_info()[0] < num_bytes + 2**30:
@@ -302,7 +305,7 @@ def sparse(shape, pitch, dtype, device):
     else:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
         flat = torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=dtype)
-    return flat.as_strided(shape, (pitch, 1))
+    return flat.as_strided(shape, (pitch, 1), 2**31)
 
 
 def test_no_rows_launch_nothing(device):
