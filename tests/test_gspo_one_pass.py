@@ -31,6 +31,7 @@ BACKENDS = [
     pytest.param("torch", torch.float64, 1e-12, id="torch"),
     pytest.param("triton", torch.float32, 1e-5, id="triton", marks=needs_triton),
 ]
+BF16 = torch.bfloat16
 BOUNDS = {
     "ragged": [0, 1, 14, 16, 16, 23, 37],
     "empty at both ends": [0, 0, 0, 20, 37, 37],
@@ -64,13 +65,21 @@ def plans(monkeypatch):
     return made
 
 
-def gspo_problem(bounds, device="cpu", dtype=torch.float32):
-    """Ragged sequences, one of them wholly ignored where there are several."""
+def gspo_problem(bounds, backend="torch", dtype=torch.float32):
+    """Ragged sequences, one of them wholly ignored where there are several; their host knows."""
     problem = make_problem(num_rows=37, ignored=6)
     problem.cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     if len(bounds) > 3:
         problem.labels[bounds[1] : bounds[2]] = ck.IGNORE_INDEX
-    return problem.rounded(dtype, device)
+    has_device = backend == "triton" and torch.cuda.is_available()
+    problem = problem.rounded(dtype, "cuda" if has_device else "cpu")
+    problem.cu_seqlens = problem.cu_seqlens.cpu()
+    return problem
+
+
+def counted_of(problem):
+    """The rows that count, on the host: on a GPU nobody else may look for them."""
+    return (problem.labels != ck.IGNORE_INDEX).nonzero()[:, 0].cpu()
 
 
 def least_workspace(problem, backend, dtype, **options):
@@ -83,15 +92,15 @@ def least_workspace(problem, backend, dtype, **options):
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 @pytest.mark.parametrize("bounds", list(BOUNDS))
 def test_one_pass_equals_the_oracle_and_two_passes(backend, dtype, tolerance, bounds, plans):
-    problem = gspo_problem(BOUNDS[bounds])
-    problem.cu_seqlens = problem.cu_seqlens.cpu()
+    problem = gspo_problem(BOUNDS[bounds], backend)
     spec = spec_of("gspo", clip_low=0.05, clip_high=0.05, rho_mode="truncate", rho_cap=1.2)
     options = {"spec": spec, "bias": True, "temperature": problem.temperature, "upstream": -1.3}
     truth = run_loss(problem, torch.float64, backend="dense", **options)
     assert truth[2].is_clipped.any()
     assert truth[2].ratio.unique().numel() > min(2, len(BOUNDS[bounds]) - 2)
     for workspace in (None, 60_000):
-        way = {"backend": backend, "workspace_bytes": workspace}
+        rows = counted_of(problem) if backend == "triton" else None
+        way = {"backend": backend, "workspace_bytes": workspace, "rows": rows}
         got = run_loss(problem, dtype, mode="one_pass", **way, **options)
         assert_same_result(got, truth, tolerance)
         both = run_loss(problem, dtype, mode="two_pass", **way, **options)
@@ -101,8 +110,8 @@ def test_one_pass_equals_the_oracle_and_two_passes(backend, dtype, tolerance, bo
 
 
 def assert_chunks_are_whole(plans, problem):
-    counted = (problem.labels != ck.IGNORE_INDEX).nonzero()[:, 0].cpu()
-    ends = set(torch.searchsorted(counted, problem.cu_seqlens.cpu().long()).tolist())
+    counted = counted_of(problem)
+    ends = set(torch.searchsorted(counted, problem.cu_seqlens.long()).tolist())
     for made in plans:
         assert set(made.chunk_ends) <= ends
         assert made.chunk_ends[-1] == counted.numel()
@@ -115,8 +124,8 @@ def assert_chunks_are_whole(plans, problem):
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 def test_the_workspace_that_a_message_names_is_enough(backend, dtype, tolerance, plans):
-    problem = gspo_problem([0, 9, 37])
-    options = {"spec": spec_of("gspo")}
+    problem = gspo_problem([0, 9, 37], backend)
+    options = {"spec": spec_of("gspo"), "rows": counted_of(problem)}
     named = least_workspace(problem, backend, dtype, workspace_bytes=12_000, **options)
     truth = run_loss(problem, torch.float64, backend="dense", **options)
     got = run_loss(problem, dtype, backend=backend, mode="one_pass", workspace_bytes=named,
@@ -129,8 +138,8 @@ def test_the_workspace_that_a_message_names_is_enough(backend, dtype, tolerance,
 
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 def test_rows_given_in_any_form_and_order(backend, dtype, tolerance, plans):
-    problem = gspo_problem(BOUNDS["ragged"])
-    counted = (problem.labels != ck.IGNORE_INDEX).nonzero()[:, 0]
+    problem = gspo_problem(BOUNDS["ragged"], backend)
+    counted = counted_of(problem)
     options = {"spec": spec_of("gspo"), "backend": backend, "mode": "one_pass"}
     truth = run_loss(problem, torch.float64, spec=spec_of("gspo"), backend="dense")
     for rows in (counted, counted.tolist()):
@@ -148,11 +157,12 @@ def test_rows_given_in_any_form_and_order(backend, dtype, tolerance, plans):
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 @pytest.mark.parametrize("num_rows", [0, 5])
 def test_no_counted_rows(backend, dtype, tolerance, num_rows):
-    problem = make_problem(num_rows=num_rows)
+    has_device = backend == "triton" and torch.cuda.is_available()
+    problem = make_problem(num_rows=num_rows).rounded(dtype, "cuda" if has_device else "cpu")
     problem.labels.fill_(ck.IGNORE_INDEX)
     problem.cu_seqlens = torch.tensor([0, num_rows, num_rows])
     loss, grads, stats = run_loss(
-        problem, dtype, spec=spec_of("gspo"), backend=backend, mode="one_pass"
+        problem, dtype, spec=spec_of("gspo"), backend=backend, mode="one_pass", rows=[]
     )
     assert float(loss) == 0.0
     assert not grads["weight"].any()
@@ -194,6 +204,39 @@ def test_chunks_are_few_and_even(lengths, limit):
     assert all(0 < size <= limit for size in sizes)
     if sizes and max(sizes) > max(lengths):
         assert len(chunk_ends(lengths, max(sizes) - 1)) > len(sizes)
+
+
+@given(
+    st.lists(st.integers(1, 200), min_size=1, max_size=40),
+    st.sampled_from([1, 101, 5000, 131072]),
+    st.sampled_from([1, 16, 1024]),
+    st.sampled_from([("torch", torch.float64), ("torch", BF16), ("triton", BF16)]),
+    st.integers(10_000, 1 << 28),
+)
+@settings(max_examples=100, deadline=None)
+def test_chunks_stay_within_the_workspace_and_what_is_named_is_enough(
+    lengths, vocab, dim, way, workspace
+):
+    backend, dtype = way
+    hidden = torch.empty(1, 1, dtype=dtype).expand(sum(lengths), dim)
+    weight = torch.empty(1, 1, dtype=dtype).expand(vocab, dim)
+
+    def aligned_in(workspace):
+        sizes = {"backend": backend, "workspace_bytes": workspace, "needs_weight_grad": True}
+        room = plan.make_room(hidden, weight, sum(lengths), **sizes)
+        any_chunks = plan.make_plan(
+            hidden, weight, sum(lengths), mode="one_pass", is_compiled=False, **sizes
+        )
+        return room, align(any_chunks, room, tuple(lengths))
+
+    room, made = aligned_in(max(workspace, plan.one_row_bytes(hidden, weight, backend)))
+    if isinstance(made, TooLong):
+        assert (made.longest, made.rows < made.longest) == (max(lengths), True)
+        room, made = aligned_in(made.num_bytes)
+    assert isinstance(made, plan.Plan)
+    used = made.chunk_rows * room.row.raw + min(made.group_rows, sum(lengths)) * room.row.d_raw
+    assert used <= room.available or made.chunk_rows == 1
+    assert max(lengths) <= made.chunk_rows <= sum(lengths)
 
 
 def test_what_the_host_does_not_know_is_said_and_not_asked_for():
