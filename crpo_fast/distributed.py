@@ -36,6 +36,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from crpo_fast.config import ConfigError
 from crpo_fast.timing import exchange
 
 BackendError = dist.DistError  # of a store or a collective of NCCL; gloo raises RuntimeError
@@ -63,6 +64,9 @@ def init(threads: int = 0, timeout: float = 1800.0) -> World:
         threads: CPU threads of this process; 0 divides the cores by the ranks of this machine
             (torchrun alone would leave several ranks with one thread each).
         timeout: seconds that a collective waits for the other ranks.
+
+    Raises:
+        ConfigError: more ranks than GPUs on this machine.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     for name, value in alone.items():
@@ -70,6 +74,7 @@ def init(threads: int = 0, timeout: float = 1800.0) -> World:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
+        _check_devices(int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count())
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
@@ -85,6 +90,16 @@ def init(threads: int = 0, timeout: float = 1800.0) -> World:
     store.set_timeout(limit)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     return World(rank, size, device, store)
+
+
+def _check_devices(ranks: int, count: int) -> None:
+    """NCCL wants a GPU of its own for every rank of this machine."""
+    if ranks > count:
+        raise ConfigError(
+            f"--nproc_per_node: expected at most {count}, the GPUs of this machine, got {ranks}. "
+            f"Type torchrun --nproc_per_node {count}, or CUDA_VISIBLE_DEVICES= before torchrun for "
+            "ranks on the CPU."
+        )
 
 
 def num_cores() -> int:

@@ -12,6 +12,7 @@ import torch
 from transformers import masking_utils
 
 from crpo_fast import attention, distributed, metrics, policy, step
+from crpo_fast.config import ConfigError
 from crpo_fast.distributed import World
 from crpo_fast.metrics import Sums
 from layout_cases import Case, make_model, old_logprobs
@@ -131,6 +132,16 @@ def test_sums_of_a_device_are_those_of_the_host(monkeypatch):
     assert str(waiting.means()) == str(host.means())
     assert host.means()["x/min"] == pytest.approx(-1e9)
     assert host.means()["none/max"] is None
+
+
+def test_more_ranks_than_devices_are_refused_on_every_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for rank in ("0", "3"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(ConfigError, match=r"at most 2, .* got 4. Type torchrun --nproc_per_n"):
+            distributed.init()
 
 
 @pytest.mark.gpu
