@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import crpo_kernels as ck
 from benchmarks.memory import LiveBytes
@@ -64,6 +65,39 @@ def test_extra_memory_is_flat_in_t_beyond_the_bound(mode):
     per_row = (large - small) / (4096 - 2048)
     assert per_row < 3 * 4 * dim + 160  # gradients, their copies and vectors, in bytes a row
     assert small < 1024 * vocab * 4 * 1.6
+
+
+class CastSums(TorchDispatchMode):
+    """Elements of the largest tensor that is summed in another dtype: a CPU copies all of it."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.sum.dim_IntList and (kwargs or {}).get("dtype") not in (
+            None,
+            args[0].dtype,
+        ):
+            self.largest = max(self.largest, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
+def test_the_gradient_of_a_bias_copies_no_chunk(mode):
+    hidden = torch.randn(300, 8).bfloat16().requires_grad_()
+    weight = torch.randn(2000, 8).bfloat16().requires_grad_()
+    bias = torch.randn(2000).bfloat16().requires_grad_()
+    weights = torch.rand(300)
+    sizes = {"backend": "torch", "mode": mode, "workspace_bytes": 2 << 20}
+    with CastSums() as sums:
+        loss, _ = ck.linear_policy_loss(
+            hidden, weight, torch.arange(300), bias=bias, token_weights=weights,
+            spec=ObjectiveSpec("sft"), **sizes,
+        )  # fmt: skip
+        loss.backward()
+    p = (hidden.detach() @ weight.detach().t() + bias.detach()).float().softmax(1)
+    truth = (weights[:, None] * (p - torch.eye(300, 2000))).sum(0)
+    assert float((bias.grad - truth).norm() / truth.norm()) < 2e-2
+    assert 0 < sums.largest <= (2 << 20) // 8 // 4
 
 
 def test_a_dense_loss_needs_several_times_t_v_and_the_counter_sees_it():

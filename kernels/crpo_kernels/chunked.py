@@ -254,11 +254,19 @@ def _add_products(gradients: Gradients, chunks: Chunks, rows: slice) -> None:
     """The products of a group's gradient: d_hidden, d_bias and a share of d_weight."""
     d_raw = chunks.d_raw[: rows.stop - rows.start]  # [G, V]
     if gradients.d_bias is not None:
-        gradients.d_bias += d_raw.sum(0, dtype=gradients.d_bias.dtype)
+        _add_d_bias(gradients.d_bias, d_raw, chunks.head.plan.block_rows)
     if gradients.d_hidden is not None:
         _put_d_hidden(gradients.d_hidden, chunks, rows, d_raw)
     if gradients.d_weight is not None:
         _add_d_weight(gradients.d_weight, chunks, rows, d_raw)
+
+
+def _add_d_bias(d_bias: Tensor, d_raw: Tensor, block_rows: int) -> None:
+    """A group's share of d_bias ``[V]``; a CPU casts all that it sums in another dtype: blocks."""
+    is_cast = d_raw.device.type == "cpu" and d_raw.dtype != d_bias.dtype
+    step = block_rows if is_cast else max(1, d_raw.shape[0])
+    for start in range(0, d_raw.shape[0], step):
+        d_bias += d_raw[start : start + step].sum(0, dtype=d_bias.dtype)
 
 
 def _put_d_hidden(d_hidden: Tensor, chunks: Chunks, rows: slice, d_raw: Tensor) -> None:
