@@ -27,6 +27,7 @@ LOSS_CASES = {
     "several_chunks": ("dapo", {"workspace_bytes": TINY}),
     "two_passes": ("cispo", {"mode": "two_pass", "workspace_bytes": TINY}),
     "gspo_off_policy": ("gspo", {}),
+    "gspo_in_several_chunks": ("gspo", {"workspace_bytes": TINY}),
     "listed_rows": ("crpo", {"rows": ROWS}),
     "rows_of_a_tensor": ("sft", {"rows": torch.tensor(ROWS)}),
     "softcap": ("crpo", {"logit_softcap": 5.0, "logit_scale": 1.5, "temperature": 0.7}),
@@ -160,6 +161,45 @@ def test_other_lengths_and_other_labels_compile_nothing_again(device):
             for want, got in zip(*found, strict=True):
                 assert_near(got, want, 2e-6)
         assert counter.frame_count <= most
+
+
+def test_numbers_may_change_from_call_to_call(device):
+    problem = problem_on(device)
+
+    def step(hidden, weight, temperature, scale, softcap, workspace):
+        return ck.linear_policy_loss(
+            hidden.sin(), weight, problem.labels, token_weights=problem.vectors["token_weights"],
+            spec=ck.ObjectiveSpec("sft"), backend="torch", temperature=temperature,
+            logit_scale=scale, logit_softcap=softcap, workspace_bytes=workspace,
+        )[0]  # fmt: skip
+
+    run = compiled(step)
+    for numbers in ((1.0, 1.0, 5.0, 50_000), (0.7, 1.0, 6.0, 9_000), (2, 1.5, 6.0, 12_000)):
+        found = []
+        for function in (step, run):
+            hidden, weight, _ = problem.leaves(torch.float32)
+            function(hidden, weight, *numbers).backward()
+            found.append((hidden.grad, weight.grad))
+        for want, got in zip(*found, strict=True):
+            assert_near(got, want, 2e-6)
+
+
+def test_leading_dimensions_lists_and_strides(device):
+    problem = problem_on(device, num_rows=24)
+    vectors = {k: v.view(4, 6) for k, v in problem.vectors.items()}
+    labels = problem.labels.view(4, 6)
+
+    def step(hidden, weight):
+        hidden, weight = hidden.view(4, 6, 8) * 2, weight.t()
+        loss, stats = ck.linear_policy_loss(
+            hidden, weight, labels, spec=spec_of("gspo"), cu_seqlens=[0, 8, 24], backend="torch",
+            **vectors,
+        )  # fmt: skip
+        out = ck.linear_logprobs(hidden, weight, labels, backend="torch")
+        return loss + out.entropy.sum(), stats.ratio
+
+    truth = assert_same(step, [problem.hidden, problem.weight.t().contiguous()])
+    assert truth[1].shape == (24,)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import crpo_kernels as ck
@@ -113,21 +116,50 @@ def test_a_whole_model_with_generated_code(backend, device):
         assert_near(got, want, 1e-5, str(number))
 
 
-def test_under_ddp(tmp_path):
-    problem = make_problem(**SIZE)
-    plain = model_results(Model(problem), problem)
+@pytest.fixture
+def one_rank(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(Model(problem))
-        value = model_results(torch.compile(model, backend="aot_eager"), problem)
-        value += model_results(
-            nn.parallel.DistributedDataParallel(compiled(Model(problem))), problem
-        )
-    finally:
-        torch.distributed.destroy_process_group()
-    for want, got in zip(plain * 2, value, strict=True):
-        assert_near(got, want, 2e-6)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("layout", ["compiled DDP", "DDP of a compiled model", "FSDP2"])
+def test_under_ddp_and_fsdp2(layout, one_rank):
+    problem = make_problem(**SIZE)
+    plain, model = model_results(Model(problem), problem), Model(problem)
+    if layout == "FSDP2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model.compile(fullgraph=True, backend="aot_eager")
+    elif layout == "compiled DDP":  # which cuts graphs into its buckets
+        model = torch.compile(nn.parallel.DistributedDataParallel(model), backend="aot_eager")
+    else:
+        model = nn.parallel.DistributedDataParallel(compiled(model))
+    for want, got in zip(plain, model_results(model, problem), strict=True):
+        full = got.full_tensor() if isinstance(got, DTensor) else got
+        assert_near(full, want, 2e-6)
+
+
+def test_a_sharded_weight_is_refused_with_what_to_do(one_rank):
+    problem = make_problem(**SIZE)
+    weight = distribute_tensor(problem.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+    score = compiled(lambda hidden: ck.linear_logprobs(hidden, weight, problem.labels).lse)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"weight: .* DTensor .*full_tensor"):
+        score(problem.hidden)
+
+
+def test_export_holds_the_operator():
+    problem = make_problem(**SIZE)
+
+    class Scores(nn.Module):
+        def forward(self, hidden, weight):
+            return ck.linear_logprobs(hidden, weight, problem.labels, backend="torch").entropy
+
+    inputs = (problem.hidden.float(), problem.weight.float())
+    program = torch.export.export(Scores(), inputs)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert [name for name in names if "crpo_kernels" in name] == ["crpo_kernels.logprobs.default"]
+    assert torch.equal(program.module()(*inputs), Scores()(*inputs))
 
 
 ERRORS = {

@@ -34,7 +34,8 @@ Both take the head the same way:
     process_group, vocab_start   vocabulary-parallel heads; not implemented
 
 Results are fp32 (fp64 for fp64 inputs). On a CPU bf16 products are rounded to bf16, as in any bf16
-head there; everything after them is fp32. Inputs are never changed.
+head there; everything after them is fp32. Inputs are never changed. In a graph of torch.compile a
+call is one operator (`opaque`), but for backend="dense", which breaks the graph.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def check_plain(name: str, tensor: object) -> None:
             f"{name}: expected a torch.Tensor, got {type(tensor).__name__}. "
             f"Pass torch.as_tensor({name})."
         )
-    if hasattr(tensor, "full_tensor") and hasattr(tensor, "placements"):
+    if hasattr(type(tensor), "full_tensor") and hasattr(type(tensor), "placements"):
         raise ValueError(
             f"{name}: expected a plain Tensor, got a DTensor with placements {tensor.placements}. "
             "Call the loss inside the forward of the module that owns it, where FSDP2 has gathered "
