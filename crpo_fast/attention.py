@@ -11,7 +11,7 @@ After importing this module, models load with ``attn_implementation="sdpa_packed
 from __future__ import annotations
 
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["SDPA_PACKED", "choose_attention", "moved", "sequence_lengths"]
+__all__ = ["SDPA_PACKED", "choose_attention", "flash_bounds", "moved", "sequence_lengths"]
 
 SDPA_PACKED = "sdpa_packed"
 
@@ -118,6 +118,25 @@ def sequence_lengths(position_ids: Tensor) -> list[int]:
     lengths = [end - start for start, end in pairwise(bounds)]
     _known[position_ids] = (position_ids._version, lengths)
     return lengths
+
+
+def flash_bounds(implementation: str, position_ids: Tensor) -> dict[str, Any]:
+    """Where the sequences of ``position_ids`` [1, T] are, for flash attention; {} for any other.
+
+    Without it every layer works it out from the position ids, and waits for the device each time.
+    """
+    if "flash" not in implementation:
+        return {}
+    lengths, device = sequence_lengths(position_ids), position_ids.device
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # [B + 1]
+    if device.type == "cuda":
+        bounds = bounds.pin_memory()
+    bounds = bounds.to(device, non_blocking=True)
+    longest = max(lengths)
+    return {
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
+        **dict.fromkeys(("max_length_q", "max_length_k"), longest),
+    }
 
 
 def moved(position_ids: Tensor, copy: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from crpo_fast import distributed
+from crpo_fast import attention, distributed
 from crpo_fast.distributed import World
 from crpo_fast.packing import MicroBatch
 from crpo_kernels import linear_logprobs
@@ -143,11 +143,14 @@ def install_head(model: Any) -> None:
 
     def policy_forward(self: Any, batch: MicroBatch, compute: Any, options: Any) -> Any:
         # the batch is one opaque leaf: FSDP casts every float tensor that it finds in the arguments
+        implementation, packed = self.config._attn_implementation, batch.attention_mask is None
+        where = attention.flash_bounds(implementation, batch.position_ids) if packed else {}
         hidden = self.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
             use_cache=False,  # with a cache, packed sequences would see each other
+            **where,
         ).last_hidden_state  # [B, L, D]
         hidden = hidden.flatten(0, 1)[batch.rows]  # [R, D]
         return self.get_output_embeddings()(hidden, compute, options)

@@ -7,9 +7,12 @@ torch's own alarm.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from transformers import masking_utils
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, masking_utils
 
 from crpo_fast import attention, distributed, metrics, policy, step
 from crpo_fast.config import ConfigError
@@ -97,6 +100,37 @@ def test_lengths_are_told_not_asked():
     attention.moved(host, copy)
     assert attention.sequence_lengths(copy) == [3, 2, 1]
     assert attention.sequence_lengths(host.to("cpu")) == [3, 2, 1]
+
+
+def test_flash_attention_is_told_where_sequences_are(monkeypatch):
+    """A stand-in under such a name gets bounds and longest, and gives what sdpa_packed gives."""
+    seen = []
+
+    def flash(module, query, key, value, mask, scaling=None, **given):
+        bounds, longest = given["cu_seq_lens_q"].tolist(), given["max_length_q"]
+        assert mask is None
+        assert given["cu_seq_lens_k"].dtype == torch.int32
+        assert longest == max(b - a for a, b in itertools.pairwise(bounds)) == given["max_length_k"]
+        seen.append(bounds)
+        parts = [
+            scaled_dot_product_attention(
+                *(x[:, :, a:b] for x in (query, key, value)),
+                is_causal=True, scale=scaling, enable_gqa=True,
+            )
+            for a, b in itertools.pairwise(bounds)
+        ]  # fmt: skip
+        return torch.cat(parts, 2).transpose(1, 2), None
+
+    AttentionInterface.register("a_flash_stand_in", flash)
+    cpu, losses = torch.device("cpu"), {}
+    for name in ("sdpa_packed", "a_flash_stand_in"):
+        actor = device_policy(CASES[0], cpu, torch.float64)
+        actor.model.config._attn_implementation = name
+        batches = batches_of(CASES[0], actor, monkeypatch)
+        losses[name] = step.accumulate(actor, batches, CASES[0].spec)[0]
+    assert len(seen) >= 2 * len(batches)  # every layer, checkpointed ones again
+    assert any(len(bounds) > 2 for bounds in seen)
+    assert losses["a_flash_stand_in"] == pytest.approx(losses["sdpa_packed"], rel=1e-12)
 
 
 @pytest.mark.parametrize("ask", ["count", "total", "means", "reduced", "merge"])
