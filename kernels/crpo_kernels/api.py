@@ -30,7 +30,8 @@ Both take the head the same way:
                      cu_seqlens (and rows) on the CPU, a GPU is not asked for them. Logged once
     workspace_bytes  bound on logits, gradient factors and scratch together, refused below what one
                      row needs; a fp32 d_weight that accumulates counts as a gradient. None: 1 GiB
-                     on a CPU, 4 V D bytes and 1024 fp32 rows on a GPU, or half of what is free
+                     on a CPU, 4 V D bytes and 1024 fp32 rows on a GPU, or half of what is free;
+                     a number where torch.utils.checkpoint runs the call again, as that may change
     process_group, vocab_start   vocabulary-parallel heads; not implemented
 
 Results are fp32 (fp64 for fp64 inputs). On a CPU bf16 products are rounded to bf16, as in any bf16
