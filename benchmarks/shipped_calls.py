@@ -22,7 +22,7 @@ from crpo_kernels import ObjectiveSpec
 from crpo_kernels.chunked import Head, backprop, one_pass, score
 from crpo_kernels.launch_triton import recording
 from crpo_kernels.plan import make_plan
-from crpo_kernels.row_table import Objective
+from crpo_kernels.row_table import COLUMNS, Objective
 from crpo_kernels.rows import LogitView
 from crpo_kernels.spec import KL_ESTIMATORS, POLICIES, PRESETS, RHO_MODES, TokenInputs
 from crpo_kernels.terms import Coefficients
@@ -33,6 +33,7 @@ DIM = 1024
 LARGE, ODD = (8192, 151936), (3000, 50257)  # rows, vocabulary; dZ of the first is above 2 GiB
 LEAST_STREAM = 4096  # a vocabulary of less is one or two loads of a program
 WORKSPACES = {"all": 1 << 33, "little": 1 << 28}  # bytes, for the exponentials of all rows or not
+BOUNDS = ("clip_low", "clip_high", "kl_coef", "rho_cap", "rho_floor")
 OPTIONS: dict[str, tuple] = {
     "policy": POLICIES,
     "kl": (None, *KL_ESTIMATORS),
@@ -239,22 +240,30 @@ def stage_jobs() -> list[Job]:
 
 def objective_jobs() -> list[Job]:
     """The objective compiled alone: every policy term with every KL estimator and rho mode."""
-    from .objective_triton import objective_kernel
+    from .alone_triton import objective_kernel
+
+    size = 4096
+
+    def row_values(*columns: int) -> Tensor:
+        return torch.empty(*columns, size, device="meta")
 
     jobs = []
     for policy, estimator, rho_mode in product(POLICIES, (None, *KL_ESTIMATORS), RHO_MODES):
         arguments = {
-            "values_ptr": torch.empty(5, 4096, device="meta"),
-            "out_ptr": torch.empty(4, 4096, device="meta"),
-            "num_tokens": 4096,
-            "clip_low": 0.2,
-            "clip_high": 0.28,
-            "kl_coef": 0.01,
-            "rho_cap": 2.0,
-            "rho_floor": 0.5,
+            "values_ptr": row_values(4),
+            "table_ptr": row_values(len(COLUMNS)),
+            "factors_ptr": row_values(2),
+            "stride": size,
+            "weights_ptr": row_values(),
+            "advantages_ptr": row_values(),
+            "old_logprobs_ptr": row_values(),
+            "rollout_logprobs_ptr": None if rho_mode is None else row_values(),
+            "ref_logprobs_ptr": None if estimator is None else row_values(),
+            **{name: getattr(ObjectiveSpec(kl_coef=0.01, rho_floor=0.5), name) for name in BOUNDS},
             "POLICY": policy,
-            "KL_ESTIMATOR": estimator,
+            "KL_ESTIMATOR": estimator or "k3",
             "RHO_MODE": rho_mode,
+            "USES_KL": estimator is not None,
             "BLOCK_T": 256,
         }
         name = f"{policy} {estimator or 'no kl'} {rho_mode or 'no rho'}"
