@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 KIB = 1024
+VERDICT = 120  # characters of each end of a long one
 WIDE = 16  # bytes that one thread loads with the widest instruction that all targets have
 
 
@@ -146,6 +147,8 @@ def table(rows: list[dict]) -> str:
 def cells(row: dict) -> tuple[str, ...]:
     """One row of the table."""
     verdict = "; ".join(row["problems"]) or "ok"
+    if len(verdict) > 2 * VERDICT:  # a compiler shows the code first and says what is wrong last
+        verdict = f"{verdict[:VERDICT]} ... {verdict[-VERDICT:]}"
     sizes = row["load_bytes"]
     wide = f"{sum(size >= WIDE for size in sizes)}/{len(sizes)} wide" if sizes else "-"
     matrix = row["matrix_instruction"] or "-"

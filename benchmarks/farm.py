@@ -8,6 +8,7 @@ and the leader of a process group, which a timeout kills together with what the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any
 
+PR_SET_PDEATHSIG = 1  # the kernel ends a worker whose parent was killed
 CONTEXT = multiprocessing.get_context("fork")
 
 
@@ -53,6 +55,8 @@ class Worker:
 def serve(pipe: connection.Connection, function: Callable, items: Sequence) -> None:
     """The life of a worker: indices in, results or failures out."""
     os.setpgid(0, 0)
+    with contextlib.suppress(AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # compilers print what they also raise
     with contextlib.suppress(EOFError):
