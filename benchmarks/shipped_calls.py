@@ -239,7 +239,7 @@ def stage_jobs() -> list[Job]:
 
 
 def objective_jobs() -> list[Job]:
-    """The objective compiled alone: every policy term with every KL estimator and rho mode."""
+    """The objective compiled alone: every two of policy term, KL estimator and rho mode."""
     from .alone_triton import objective_kernel
 
     size = 4096
@@ -248,7 +248,8 @@ def objective_jobs() -> list[Job]:
         return torch.empty(*columns, size, device="meta")
 
     jobs = []
-    for policy, estimator, rho_mode in product(POLICIES, (None, *KL_ESTIMATORS), RHO_MODES):
+    for settings in pairwise({name: OPTIONS[name] for name in ("policy", "kl", "rho")}):
+        policy, estimator, rho_mode = settings.values()
         arguments = {
             "values_ptr": row_values(4),
             "table_ptr": row_values(len(COLUMNS)),
