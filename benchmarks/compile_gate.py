@@ -5,7 +5,7 @@ sm_80, sm_90, sm_100 and gfx942, prints what became of it, and ends with exit st
 
 * spills registers, or asks for more shared memory than the GPU has;
 * multiplies tiles without the GPU's tensor-core instruction (only kernels with `tl.dot`);
-* streams rows without 128-bit global loads in each of its loops;
+* streams rows by loads of less than 128 bits;
 * drops a NaN in the objective (a `min` or `max` where there should be a `where`);
 * does not compile, or not in time.
 """

@@ -56,7 +56,7 @@ class Job:
         kernel: a ``triton.jit`` function.
         arguments: name -> tensor (without memory will do), number, None, or a constexpr's value.
         meta: num_warps and num_stages.
-        streams_rows: its loops must load 128 bits at a time.
+        streams_rows: whatever its loops load must come 128 bits at a time.
         is_objective: no instruction in it may drop a NaN.
     """
 
@@ -82,9 +82,7 @@ class Report:
         shared_bytes: shared memory of one program.
         has_dot: the source multiplies tiles.
         matrix_instruction: the tensor-core instruction found, if any.
-        load_bytes: per global load inside the innermost loops, what one thread gets.
-        num_loops: innermost loops that load.
-        num_loops_wide: how many of them load 128 bits or more at a time.
+        load_bytes: per global load inside loops, what one thread gets.
         min_max: instructions that drop a NaN.
         error: why there is nothing to report.
     """
@@ -99,8 +97,6 @@ class Report:
     has_dot: bool = False
     matrix_instruction: str | None = None
     load_bytes: tuple[int, ...] = ()
-    num_loops: int = 0
-    num_loops_wide: int = 0
     min_max: tuple[str, ...] = ()
     error: str | None = None
 
@@ -120,10 +116,10 @@ def problems(report: Report, job: Job) -> list[str]:
             f"tl.dot became {report.matrix_instruction or 'scalar code'}, "
             f"not {target.matrix_instruction}"
         )
-    is_wide = 0 < report.num_loops == report.num_loops_wide
-    if job.streams_rows and not is_wide:
-        sizes = list(report.load_bytes)
-        found.append(f"narrow loads: {sizes} bytes, at least one of {WIDE} in each loop")
+    if job.streams_rows and min(report.load_bytes, default=0) < WIDE:
+        found.append(
+            f"narrow loads: {list(report.load_bytes)} bytes in loops, each at least {WIDE}"
+        )
     if job.is_objective and report.min_max:
         number = len(report.min_max)
         found.append(f"drops NaN: {number} instructions, the first is {report.min_max[0]}")

@@ -29,7 +29,8 @@ GLOBAL_LOAD = {
     "hip": re.compile(r"\b(?:global|buffer)_load_(?:lds_)?(?P<kind>\w+)"),
 }
 LABEL = re.compile(r"^\s*([$.]?L\w+):")
-BRANCH = re.compile(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+([$.]?L\w+)")
+BRANCH = re.compile(r"\b(bra(?:\.uni)?|s_c?branch\w*)\s+([$.]?L\w+)")
+RETURN = re.compile(r"^\s*(?:ret;|s_endpgm)")  # one behind a predicate goes on
 MINMAX = {
     "cuda": re.compile(r"\b(?:min|max)(?:\.\w+)*\.(?:bf16|f16|f32|f64)(?:x2)?\b.*"),
     "hip": re.compile(r"\bv_(?:pk_)?(?:min|max|med)3?_(?:num_)?(?:bf16|f16|f32|f64)\w*.*"),
@@ -107,7 +108,6 @@ def compile_job(job: Job, target: Target) -> Report:
     resources: dict[str, Any] = (
         cubin_resources(compiled.asm["cubin"]) if is_cuda else amd_resources(assembly)
     )
-    loads = list(loop_loads(assembly, target.backend))
     matrix = MATRIX[target.backend].search(assembly)
     return Report(
         kernel=source.name,
@@ -117,9 +117,7 @@ def compile_job(job: Job, target: Target) -> Report:
         shared_bytes=compiled.metadata.shared,
         has_dot="tt.dot" in compiled.asm["ttir"],
         matrix_instruction=matrix[1] if matrix else None,
-        load_bytes=tuple(sorted(size for loop in loads for size in loop)),
-        num_loops=len(loads),
-        num_loops_wide=sum(max(loop) >= 16 for loop in loads),
+        load_bytes=tuple(loop_loads(assembly, target.backend)),
         min_max=tuple(dropped_nans(assembly, target.backend)),
     )
 
@@ -166,25 +164,47 @@ def load_size(match: re.Match) -> int:
     return int(count[1] if count else 1) * int(bits[1]) // 8
 
 
-def loop_loads(assembly: str, backend: str) -> Iterator[list[int]]:
-    """Sizes of the global loads of each innermost loop that has some; bytes per thread.
+def loop_loads(assembly: str, backend: str) -> list[int]:
+    """Sizes of the global loads inside loops, ascending; bytes per thread."""
+    matches = (GLOBAL_LOAD[backend].search(line) for line in loop_lines(assembly))
+    return sorted(load_size(match) for match in matches if match)
 
-    A loop is what lies between a label and a later branch back to it.
-    """
-    lines = assembly.splitlines()
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := LABEL.match(line))}
-    loops = []
-    for end, line in enumerate(lines):
-        branch = BRANCH.search(line)
-        if branch and labels.get(branch[1], end) < end:
-            loops.append((labels[branch[1]], end))
-    for begin, end in loops:
-        if any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops):
-            continue
-        matches = (GLOBAL_LOAD[backend].search(line) for line in lines[begin:end])
-        sizes = [load_size(match) for match in matches if match]
-        if sizes:
-            yield sizes
+
+def loop_lines(assembly: str) -> list[str]:
+    """The lines that may run again: blocks on a cycle of the control flow, wherever they stand."""
+    blocks: list[list[str]] = [[]]
+    labels = {}
+    for line in assembly.splitlines():
+        if label := LABEL.match(line):
+            blocks.append([])
+            labels[label[1]] = len(blocks) - 1
+        blocks[-1].append(line)
+        if BRANCH.search(line) or RETURN.search(line):
+            blocks.append([])
+    after = [successors(block, i, labels, len(blocks)) for i, block in enumerate(blocks)]
+    again = [block for i, block in enumerate(blocks) if i in reachable(i, after)]
+    return [line for block in again for line in block]
+
+
+def successors(block: list[str], index: int, labels: dict[str, int], num_blocks: int) -> list[int]:
+    """Where control goes after a block."""
+    last = block[-1] if block else ""
+    branch = BRANCH.search(last)
+    following = [labels[branch[2]]] if branch and branch[2] in labels else []
+    is_conditional = branch and ("cbranch" in branch[1] or last.strip().startswith("@"))
+    is_end = RETURN.search(last) or (branch and not is_conditional)
+    return following if is_end or index + 1 == num_blocks else [*following, index + 1]
+
+
+def reachable(start: int, after: list[list[int]]) -> set[int]:
+    """The blocks that control can reach from the end of block ``start``."""
+    found: set[int] = set()
+    waiting = [start]
+    while waiting:
+        new = set(after[waiting.pop()]) - found
+        found |= new
+        waiting += new
+    return found
 
 
 def dropped_nans(assembly: str, backend: str) -> Iterator[str]:

@@ -132,9 +132,6 @@ def test_shipped_kernels_pass(compile_gate):
     for kernel in ("row_stats", "row_grad", "stage_counts", "stage_weights"):
         seen = {row["target"] for row in rows if row["kernel"].startswith(kernel)}
         assert seen == set(TARGETS), kernel
-    streams = [row for row in rows if row["kernel"].startswith("row_") and "32x700" not in str(row)]
-    assert all(size >= 16 for row in streams for size in row["load_bytes"]), "all, not only one"
-    assert {row["num_loops_wide"] for row in streams} == {1}
 
 
 def test_shipped_calls_cover_every_pair_of_options():
@@ -181,7 +178,47 @@ def test_without_triton_the_command_says_what_to_type(monkeypatch, capsys):
     assert "pip install 'triton>=3.6'" in capsys.readouterr().out
 
 
-REPORT = Report("k", "c", "sm_80", registers=32, load_bytes=(16,), num_loops=1, num_loops_wide=1)
+AMD_TAIL = """
+.LBB0_0:
+    global_load_dword v1, v[2:3], off
+    s_cbranch_scc1 .LBB0_4
+.LBB0_1:
+    global_load_dwordx4 v[4:7], v[2:3], off
+    s_cbranch_vccnz .LBB0_1
+    s_branch .LBB0_3
+.LBB0_2:
+    global_load_dwordx2 v[4:5], v[2:3], off
+    s_endpgm
+.LBB0_3:
+    s_branch .LBB0_2
+.LBB0_4:
+    s_branch .LBB0_2
+"""
+PTX_NEST = """
+    ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+$L__BB0_1:
+    ld.global.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];
+    @%p1 bra $L__BB0_3;
+    ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    @%p2 ret;
+    cp.async.cg.shared.global [ %r7 + 0 ], [ %rd2 + 0 ], 0x10, %r8;
+    bra.uni $L__BB0_1;
+$L__BB0_3:
+    ld.global.L1::evict_first.b16 { %rs1 }, [ %rd1 + 0 ];
+    ret;
+"""
+
+
+def test_loads_are_counted_where_control_comes_back():
+    """Compilers place the end of a function wherever they like: a branch back alone is no loop."""
+    from benchmarks.inspect_triton import loop_loads
+
+    assert loop_loads(AMD_TAIL, "hip") == [16]
+    assert loop_loads(PTX_NEST, "cuda") == [8, 16, 16]
+    assert loop_loads(PTX_NEST.replace("@%p2 ret", "ret"), "cuda") == []
+
+
+REPORT = Report("k", "c", "sm_80", registers=32, load_bytes=(16, 16))
 
 
 @pytest.mark.parametrize(
@@ -197,8 +234,9 @@ REPORT = Report("k", "c", "sm_80", registers=32, load_bytes=(16,), num_loops=1, 
         ({"has_dot": True}, "scalar code"),
         ({"has_dot": True, "matrix_instruction": "mma.sync"}, None),
         ({"has_dot": True, "matrix_instruction": "mma.sync", "target": "sm_100"}, "tcgen05"),
-        ({"num_loops": 2}, "narrow loads"),
-        ({"num_loops": 0, "num_loops_wide": 0, "load_bytes": ()}, "narrow loads"),
+        ({"load_bytes": (16, 32)}, None),
+        ({"load_bytes": (8, 16)}, "narrow loads"),
+        ({"load_bytes": ()}, "narrow loads"),
         ({"min_max": ("min.f32 a, b, c",)}, "drops NaN"),
         ({"error": "no result within 1 s"}, "no result"),
     ],
