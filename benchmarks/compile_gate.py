@@ -39,11 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile for this one only; may be repeated (default: all)",
     )
     parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--jobs", type=int, default=usable_cores(), help="compilers at once")
+    parser.add_argument("--jobs", type=positive, default=usable_cores(), help="compilers at once")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one compilation")
     parser.add_argument(
         "--launches", default=SHIPPED, help="module:function that lists what to compile"
     )
+
+
+def positive(text: str) -> int:
+    """A number of processes from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: not a positive whole number.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        message = f"expected a positive whole number, got {text!r}. Write --jobs 2."
+        raise argparse.ArgumentTypeError(message)
+    return int(text)
 
 
 def usable_cores() -> int:

@@ -21,6 +21,7 @@ import pytest
 
 from benchmarks import compile_gate as compile_gate_module
 from benchmarks import farm
+from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.compile_report import TARGETS, Job, Report, problems
 from conftest import ROOT
 from crpo_kernels.spec import PRESETS
@@ -176,6 +177,14 @@ def test_without_triton_the_command_says_what_to_type(monkeypatch, capsys):
     monkeypatch.setattr(compile_gate_module, "triton_version", lambda: None)
     assert compile_gate_module.run(argparse.Namespace(), "command") == 2
     assert "pip install 'triton>=3.6'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two"])
+def test_a_number_of_jobs_that_cannot_be_is_refused(jobs, capsys):
+    with pytest.raises(SystemExit) as refused:
+        benchmarks_main(["compile-gate", f"--jobs={jobs}"])
+    assert refused.value.code == 2
+    assert f"expected a positive whole number, got '{jobs}'" in capsys.readouterr().err
 
 
 AMD_TAIL = """
