@@ -163,9 +163,9 @@ def test_export_holds_the_operator():
 
 
 ERRORS = {
-    "labels": ({"labels": torch.full((21,), 67)}, r"labels: .* 0\.\.66 or -100, got 67 at row 0"),
+    "labels": ({"labels": torch.full((13,), 67)}, r"labels: .* 0\.\.66 or -100, got 67 at row 0"),
     "weight": ({"weight": torch.zeros(67, 9)}, r"weight: expected \[V, 8\]"),
-    "length": ({"advantages": torch.zeros(20)}, "advantages: expected T = 21 values"),
+    "length": ({"advantages": torch.zeros(12)}, "advantages: expected T = 13 values"),
     "temperature": ({"temperature": 0.0}, "temperature: .* above 0, got 0.0"),
     "softcap": ({"logit_softcap": -2.0}, "logit_softcap: .* got -2.0"),
     "rows": ({"rows": [1, 99]}, "rows: expected distinct indices"),
@@ -175,7 +175,7 @@ ERRORS = {
     "missing": ({"advantages": None}, "advantages: expected a tensor"),
 }
 SHAPES = {
-    "a_list": ({"labels": [1] * 21}, "labels: expected a torch.Tensor, got list"),
+    "a_list": ({"labels": [1] * 13}, "labels: expected a torch.Tensor, got list"),
     "no_spec": ({"spec": "crpo"}, "spec: expected an ObjectiveSpec, got 'crpo'"),
     "shard": ({"process_group": 1}, "process_group: vocabulary-parallel heads are not"),
     "dense": ({"backend": "dense"}, "backend: 'dense' has no operator"),

@@ -40,6 +40,7 @@ except ValueError as error:
 else:
     raise AssertionError("backend='triton' without triton")
 print(float(w.grad.abs().sum()) > 0, "triton" in sys.modules, "transformers" in sys.modules)
+print("torch._dynamo" in sys.modules)  # which takes a second and more
 """
 
 
@@ -57,7 +58,7 @@ def test_imports_and_runs_with_torch_alone(root, interpret):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["True", "False", "False"]
+    assert result.stdout.split() == ["True", "False", "False", "False"]
 
 
 def test_triton_is_imported_by_triton_modules_only(root):
