@@ -37,6 +37,7 @@ MAY_IMPORT = {
     },
     "crpo_kernels.weights": {
         *("crpo_kernels.stage_triton", "crpo_kernels.support", "crpo_kernels.host"),
+        "crpo_kernels.spec",
     },
     "crpo_kernels.reference": {"crpo_kernels.objective", "crpo_kernels.spec"},
 }

@@ -18,13 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import (
-    BYTES_OF_VECTORS,
-    ROW_MULTIPLE,
-    Plan,
-    Room,
-    product_rows,
-)
+from .host import is_readable
+from .plan import BYTES_OF_VECTORS, ROW_MULTIPLE, Plan, Room, product_rows
 
 # operations of products in the time of a byte: assumed 720 TFLOP/s beside 3 TB/s, .5 beside .025
 OPERATIONS_PER_BYTE_OF_GPU = 240
@@ -53,11 +48,11 @@ def counted_lengths(
 ) -> Lengths:
     """How many counted rows each sequence has, where the host knows without asking a device."""
     bounds = torch.as_tensor(cu_seqlens)
-    if not _is_on_host(bounds):
+    if not is_readable(bounds):
         return Lengths(None, "cu_seqlens is not on the CPU, where chunks are planned")
-    if counted is not None and not _is_on_host(counted):
+    if counted is not None and not is_readable(counted):
         counted = None if given is None else torch.as_tensor(given).reshape(-1)
-        if counted is None or not _is_on_host(counted):
+        if counted is None or not is_readable(counted):
             return Lengths(None, "which rows count is not known on the CPU: pass rows from there")
     ends = bounds.long()
     if counted is not None:
@@ -65,10 +60,6 @@ def counted_lengths(
             return Lengths(None, "rows are not in order, so that sequences are not side by side")
         ends = torch.searchsorted(counted.long(), ends)  # [B + 1]
     return Lengths(tuple(length for length in ends.diff().tolist() if length))
-
-
-def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not hasattr(tensor, "fake_mode")
 
 
 def align(plan: Plan, room: Room, lengths: tuple[int, ...]) -> Plan | TooLong:

@@ -16,6 +16,7 @@ from .autograd import ObjectiveLoss, OnePassLoss, head_logprobs
 from .chunked import Head, one_pass, stats_dtype, without_autocast
 from .compilation import uncompiled_reason
 from .dispatch import choose_aligned, choose_backend, choose_mode, log_choice, one_pass_reason
+from .host import is_fake
 from .plan import Plan, make_plan, make_room
 from .reference import dense_logits, dense_logprobs
 from .row_table import Objective, RowTable
@@ -170,7 +171,7 @@ class HeadCall:
         check_workspace(workspace_bytes)
         choice = choose_backend(
             backend, self.hidden.device, self.hidden.dtype,
-            is_fake=hasattr(self.hidden, "fake_mode"),
+            is_fake=is_fake(self.hidden),
         )  # fmt: skip
         num_rows = self.labels.numel()
         eager_reason = uncompiled_reason(self.hidden, num_rows, self.weight.shape[0])

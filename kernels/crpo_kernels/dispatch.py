@@ -28,13 +28,7 @@ import torch
 from .aligned import Lengths, TooLong, align, modelled_cost
 from .plan import Plan, Room
 from .spec import ObjectiveSpec, check_choice
-from .support import (
-    INTERPRETER,
-    Obstacle,
-    asks_for_interpreter,
-    describe_triton,
-    triton_obstacle,
-)
+from .support import Obstacle, describe_triton, triton_obstacle, unasked_reason
 
 logger = logging.getLogger("crpo_kernels")
 
@@ -94,9 +88,7 @@ def choose_backend(
         )
     if backend != "auto":
         return BackendChoice(backend, "asked for")
-    reason = unsupported_reason("triton", device, dtype)
-    if reason is None and device.type == "cpu" and not asks_for_interpreter():
-        reason = f"on a CPU the kernels run in Triton's interpreter, for {INTERPRETER}=1 alone"
+    reason = unsupported_reason("triton", device, dtype) or unasked_reason(device)
     if reason is None:
         return BackendChoice("triton", describe_triton(device))
     return BackendChoice("torch", f"triton does not run: {reason}")

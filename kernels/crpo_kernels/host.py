@@ -1,4 +1,4 @@
-"""From the host to a device without waiting for it.
+"""What the host may give to a device, and ask of it, without waiting for it.
 
 A copy from ordinary memory of the host waits until the device has done everything that was queued
 before. So numbers travel as arguments of fill kernels and larger things through pinned memory.
@@ -58,7 +58,14 @@ def on_device(
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether the values may be read here: no device is waited for, no graph is being traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" and not is_fake(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has a shape and no values: who plans memory calls with such tensors."""
+    return hasattr(tensor, "fake_mode")
 
 
 def check_not_capturing(device: torch.device, message: str) -> None:

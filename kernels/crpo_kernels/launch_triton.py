@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from .host import is_fake
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **meta
         _records[-1].append(Launch(kernel, grid, arguments, meta))
         return
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-    if isinstance(tensor, FakeTensor):
+    if is_fake(tensor):
         return
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         kernel[grid](**arguments, **meta)

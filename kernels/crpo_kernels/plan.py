@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .host import is_fake
+
 CPU_WORKSPACE_BYTES = 1 << 30
 RING_ROWS = 1024  # fp32 rows of logits that may exist whatever T is
 GROUP_ROWS = 2 * RING_ROWS  # rows of dZ where d_weight accumulates
@@ -283,7 +285,7 @@ def is_for_gpu(tensor: Tensor, backend: str) -> bool:
 
 def is_planned_gpu(tensor: Tensor, backend: str) -> bool:
     """A fake tensor of the backend triton stands for one on a GPU, wherever it says that it is."""
-    return backend == "triton" and hasattr(tensor, "fake_mode")
+    return backend == "triton" and is_fake(tensor)
 
 
 def default_workspace(weight: Tensor, backend: str = "torch") -> int:
@@ -295,7 +297,7 @@ def default_workspace(weight: Tensor, backend: str = "torch") -> int:
     if weight.device.type != "cuda" and not is_planned_gpu(weight, backend):
         return CPU_WORKSPACE_BYTES
     wanted = 4 * weight.numel() + 8 * RING_ROWS * padded(weight.shape[0])
-    if hasattr(weight, "fake_mode") or torch.cuda.is_current_stream_capturing():
+    if is_fake(weight) or torch.cuda.is_current_stream_capturing():
         return wanted
     free = torch.cuda.mem_get_info(weight.device)[0]
     held = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)

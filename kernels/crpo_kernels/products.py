@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .host import is_fake
+
 
 def is_wide(factor: Tensor) -> bool:
     """Whether products may be wider than their factors; a fake tensor stands for one on a GPU."""
-    return factor.is_cuda or hasattr(factor, "fake_mode")
+    return factor.is_cuda or is_fake(factor)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .host import is_fake
 from .row_table import OUTPUTS, TERMS, Objective, RowTable
 from .rows import LogitView, RowStats, finish_stats, row_factors
 from .terms import Coefficients, evaluate
@@ -68,7 +69,7 @@ class EagerRows(TorchRows):
         On fake tensors (who plans memory wants shapes, no values) the first stands for all.
         """
         step = self.x.shape[0]
-        if hasattr(self.x, "fake_mode"):
+        if is_fake(self.x):
             num_rows = min(num_rows, step)
         for start in range(0, num_rows, step):
             size = min(step, num_rows - start)

@@ -133,6 +133,13 @@ def asks_for_interpreter() -> bool:
     return os.environ.get(INTERPRETER, "").lower() in ("1", "true", "on", "yes", "y")
 
 
+def unasked_reason(device: torch.device) -> str | None:
+    """Why nobody takes the kernels on this device who was not told to, or None."""
+    if device.type == "cpu" and not asks_for_interpreter():
+        return f"on a CPU the kernels run in Triton's interpreter, for {INTERPRETER}=1 alone"
+    return None
+
+
 def _interpreter_obstacle(version: str) -> Obstacle | None:
     """On a CPU, where only the interpreter runs the kernels."""
     restart = f"Start python with {INTERPRETER}=1 set, or move the tensors to a GPU"

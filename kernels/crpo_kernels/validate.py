@@ -94,8 +94,8 @@ def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
         )
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Whether a check may look at values: on the CPU, elsewhere where the environment asks."""
+def is_checked(tensor: Tensor) -> bool:
+    """Whether labels and rows are looked at: on the CPU, elsewhere where the environment asks."""
     return tensor.device.type == "cpu" or os.environ.get(CHECK_LABELS, "") not in ("", "0")
 
 
@@ -111,7 +111,7 @@ def check_labels(labels: Tensor, num_rows: int, vocab_size: int) -> Tensor:  # [
             f"labels: expected int64 token ids, got {labels.dtype}. Pass labels.long()."
         )
     flat = check_length("labels", labels, num_rows).long()
-    if num_rows and is_readable(flat):
+    if num_rows and is_checked(flat):
         check_not_capturing(
             flat.device,
             f"{CHECK_LABELS}: expected it unset while a CUDA graph is captured, got "
@@ -246,13 +246,13 @@ def counted_rows(rows: Tensor | Sequence[int] | None, labels: Tensor) -> Tensor 
                 "mask."
             )
         indices = indices.long()
-        if is_readable(indices) and _are_all_rows(indices, labels.numel()):
+        if is_checked(indices) and _are_all_rows(indices, labels.numel()):
             indices = None
     if labels.device.type == "cpu":
         return _labelled_rows(labels) if indices is None else _labelled_of(indices, labels)
     if indices is not None:
         indices = on_device("rows", indices, labels.device)
-    if is_readable(labels):
+    if is_checked(labels):
         _check_labelled(indices, labels)
     return indices
 

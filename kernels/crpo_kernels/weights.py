@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from .host import is_readable, on_device
-from .support import asks_for_interpreter, triton_obstacle
+from .spec import check_choice
+from .support import triton_obstacle, unasked_reason
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
 REDUCTIONS = ("sequence_mean", "present_only", "token_mean")
@@ -61,7 +62,7 @@ def aggregation_weights(
     Raises:
         ValueError: an unknown aggregation, a count that is missing, or shapes that disagree.
     """
-    _check_choice("aggregation", aggregation, AGGREGATIONS)
+    check_choice("aggregation", aggregation, AGGREGATIONS)
     dtype = loss_mask.dtype if loss_mask.is_floating_point() else torch.get_default_dtype()
     counted = loss_mask.reshape(-1).bool()
     sequence_ids, num_local = sequence_of_token(cu_seqlens, counted.numel(), counted.device)
@@ -168,7 +169,7 @@ def stage_entropy_weights(
     Raises:
         ValueError: an unknown reduction, a stage id without a coefficient, or shapes that disagree.
     """
-    _check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     is_tensor = isinstance(coefs, Tensor) and coefs.is_floating_point()
     dtype = coefs.dtype if is_tensor else torch.get_default_dtype()
     ids = stage_ids.reshape(-1)  # [T]
@@ -205,8 +206,8 @@ def triton_reason(device: torch.device, needs_gradient: bool = False) -> str | N
         return "torch.compile traces torch operations"
     if needs_gradient:
         return "coefs needs a gradient, and the kernels have none"
-    if device.type == "cpu" and not asks_for_interpreter():
-        return "on a CPU the kernels run in Triton's interpreter, for TRITON_INTERPRET=1 alone"
+    if reason := unasked_reason(device):
+        return reason
     obstacle = triton_obstacle(device, torch.float32)
     return None if obstacle is None else obstacle.reason
 
@@ -327,13 +328,6 @@ def _checked_bounds(cu_seqlens: Tensor, num_rows: int) -> Tensor:  # [B + 1]
                 "Pass the running sum of the sequence lengths, 0 first."
             )
     return bounds
-
-
-def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{argument}: expected one of {list(choices)}, got {value!r}. Choose one of these."
-        )
 
 
 def count_dtype(device: torch.device) -> torch.dtype:
