@@ -285,11 +285,16 @@ def test_operators_are_what_they_say(backend, device):
     leaves = problem.leaves(torch.float32, bias=True)
     tokens = [problem.vectors[name].float() for name in operators.VECTORS]
     spec = ("clip", 0.2, 0.3, 0.1, "k3", None, 2.0, 0.0)
-    for needs in ([True, True, True], [True, False, False]):
-        tensors = [x.detach().requires_grad_(y) for x, y in zip(leaves, needs, strict=True)]
+    kinds = (([True, True, True], torch.float32), ([False, True, False], torch.bfloat16))
+    for needs, dtype in kinds:
+        cast = [leaf.detach().to(dtype) for leaf in leaves]
+        tensors = [x.requires_grad_(y) for x, y in zip(cast, needs, strict=True)]
         head = (
             *tensors[:2], problem.labels, tensors[2], None, problem.temperature.float(),
             1.0, 1.5, 8.0, backend, "auto", None, needs,
         )  # fmt: skip
-        torch.library.opcheck(operators.policy_loss_op, (*head, *tokens, None, *spec))
+        loss = (*head, *tokens, None, *spec)
+        torch.library.opcheck(operators.policy_loss_op, loss)
         torch.library.opcheck(operators.logprobs_op, head)
+        differentiable = [x.requires_grad for x in operators.policy_loss_op(*loss)]
+        assert differentiable == [True, False, False, False, False]
