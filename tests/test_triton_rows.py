@@ -31,11 +31,12 @@ from row_cases import (
     run_stats,
     truth_of,
 )
+from triton_cases import LOOSER
 from triton_tools import Guarded
 
 BLOCK = 64
-NATS = 2e-6
-GRAD = 2e-6
+NATS = 2e-6 * LOOSER
+GRAD = 2e-6 * LOOSER
 NO_RESERVE = 0x4000  # Linux' MAP_NORESERVE: no memory is promised for pages that nobody touches
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -173,7 +174,7 @@ def test_labels_outside_the_vocabulary_read_nothing(device):
     assert table.column("logprobs").isnan().tolist() == [False, False, True, True, True]
     assert not table.column("is_top1")[1:].any()
     for name in ("entropy", "lse"):
-        assert_near(table.column(name), getattr(truth, name), 1e-6, name)
+        assert_near(table.column(name), getattr(truth, name), NATS, name)
     without = truth_of(rows, has_labels=False)
     d_raw = run_grad(rows, table.stats())
     assert_grad(d_raw[:1], truth.d_raw[:1], GRAD)
@@ -203,8 +204,8 @@ def test_a_common_offset_cancels(offset, device):
         rows.raw[row, rows.labels[row]] = offset - distance * 2.0**-10
     truth, table = truth_of(rows), run_stats(rows)
     for name in ("logprobs", "entropy"):
-        assert float((table.column(name) - getattr(truth, name)).abs().max()) < 1e-6, name
-    assert_stats(table, truth, 1e-6)
+        assert float((table.column(name) - getattr(truth, name)).abs().max()) < 1e-6 * LOOSER, name
+    assert_stats(table, truth, 1e-6 * LOOSER)
     assert_grad(run_grad(rows, table.stats()), truth.d_raw, GRAD)
 
 
@@ -273,7 +274,7 @@ def test_rows_of_the_gradient_sum_to_the_slope_of_lse(device):
     d_raw = run_grad(rows, run_stats(rows).stats())
     sums = d_raw.double().sum(1) * rows.temperature
     scale = d_raw.double().abs().sum(1)
-    assert ((sums - rows.slopes[2]).abs() <= 1e-6 * scale).all()
+    assert ((sums - rows.slopes[2]).abs() <= GRAD * scale).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,9 @@ from benchmarks.memory import LiveBytes
 from crpo_kernels import plan
 from numerics import Problem, make_problem
 
-TOLERANCE = 5e-6  # of the largest value: logits of some tens, rounded in fp32
+# a GPU's exponentials and quotients are approximate: some units in the last place, not half a one
+LOOSER = 3 if torch.cuda.is_available() else 1
+TOLERANCE = 5e-6 * LOOSER  # of the largest value: logits of some tens, rounded in fp32
 GROUPS = 3_200  # bytes: two chunks of two rows are a group
 WAYS = [{}, {"mode": "two_pass"}, {"workspace_bytes": GROUPS}]
 each_way = pytest.mark.parametrize("way", WAYS, ids=["one group", "two_pass", "groups"])
