@@ -32,15 +32,15 @@ def shrink(monkeypatch: pytest.MonkeyPatch, *, block: int = 16) -> None:
 
 def note_plans(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
     """Every plan that is made from here on: a case must be what its name says."""
-    from crpo_kernels import call
+    from crpo_kernels import dispatch
 
-    made, make_plan = [], call.make_plan
+    made, make_plan = [], dispatch.make_plan
 
     def noted(*args, **kwargs) -> plan.Plan:
         made.append(make_plan(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(call, "make_plan", noted)
+    monkeypatch.setattr(dispatch, "make_plan", noted)
     return made
 
 

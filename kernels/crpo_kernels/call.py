@@ -15,9 +15,8 @@ from .aligned import Lengths, counted_lengths
 from .autograd import ObjectiveLoss, OnePassLoss, head_logprobs
 from .chunked import Head, one_pass, stats_dtype, without_autocast
 from .compilation import uncompiled_reason
-from .dispatch import choose_aligned, choose_backend, choose_mode, log_choice, one_pass_reason
+from .dispatch import choose_backend, choose_plan, log_choice, one_pass_reason
 from .host import is_fake
-from .plan import Plan, make_plan, make_room
 from .reference import dense_logits, dense_logprobs
 from .row_table import Objective, RowTable
 from .rows import LogitView
@@ -175,26 +174,13 @@ class HeadCall:
         )  # fmt: skip
         num_rows = self.labels.numel()
         eager_reason = uncompiled_reason(self.hidden, num_rows, self.weight.shape[0])
-        sizes = {
-            "backend": choice.name,
-            "workspace_bytes": workspace_bytes,
-            "needs_weight_grad": self.needs_weight,
-        }
-
-        def plan_of(mode: str) -> Plan:
-            is_compiled = eager_reason is None and choice.name == "torch"
-            return make_plan(
-                self.hidden, self.weight, num_rows, mode=mode, is_compiled=is_compiled,
-                needs_grad=self.needs_any and may_keep, **sizes,
-            )  # fmt: skip
-
-        if lengths is None or choice.name == "dense":
-            plan = plan_of(choose_mode(mode, one_pass_reason))
-        else:
-            room = make_room(self.hidden, self.weight, num_rows, **sizes)
-            needs = (self.needs_hidden, self.needs_weight)
-            plan, one_pass_reason = choose_aligned(mode, lengths, plan_of, room, needs)
-        log_choice(plan, choice, one_pass_reason, eager_reason)
+        plan, reason = choose_plan(
+            self.hidden, self.weight, num_rows, mode, one_pass_reason, lengths,
+            backend=choice.name, workspace_bytes=workspace_bytes,
+            is_compiled=eager_reason is None, may_keep=self.needs_any and may_keep,
+            needs=(self.needs_hidden, self.needs_weight),
+        )  # fmt: skip
+        log_choice(plan, choice, reason, eager_reason)
         self.head = Head(
             rows=self.rows,
             labels=self.labels,

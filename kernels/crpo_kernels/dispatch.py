@@ -24,9 +24,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .aligned import Lengths, TooLong, align, modelled_cost
-from .plan import Plan, Room
+from .plan import Plan, Room, make_plan, make_room
 from .spec import ObjectiveSpec, check_choice
 from .support import Obstacle, describe_triton, triton_obstacle, unasked_reason
 
@@ -103,6 +104,54 @@ def one_pass_reason(spec: ObjectiveSpec | None, is_on_policy: bool) -> str | Non
     if spec.policy == "gspo" and not is_on_policy:
         return "the ratio of gspo is a mean over the whole sequence of this call's own logprobs"
     return None
+
+
+def choose_plan(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    num_rows: int,
+    mode: str,
+    why_not: str | None,
+    lengths: Lengths | None,
+    *,
+    backend: str,
+    workspace_bytes: int | None,
+    is_compiled: bool,
+    may_keep: bool = True,
+    needs: tuple[bool, bool] = (True, True),
+) -> tuple[Plan, str | None]:
+    """How a call runs, and why it is not one_pass if it is not.
+
+    Args:
+        hidden: of the call; its sizes, dtype and device are read, no values.
+        weight: likewise.
+        num_rows: counted rows.
+        mode: as in the call.
+        why_not: why chunks that know no sequences cannot be one pass, or None.
+        lengths: of the sequences, where whole ones in a chunk can be; else None.
+        backend: that runs.
+        workspace_bytes: as in the call.
+        is_compiled: row passes of the torch backend are generated code.
+        may_keep: whether forward may keep something of all rows for a gradient.
+        needs: whether hidden and weight need a gradient.
+
+    Raises:
+        ValueError: an unknown mode, one_pass where it cannot run, or too small a workspace.
+    """
+    sizes = {
+        "backend": backend, "workspace_bytes": workspace_bytes, "needs_weight_grad": needs[1],
+    }  # fmt: skip
+
+    def plan_of(mode: str) -> Plan:
+        return make_plan(
+            hidden, weight, num_rows, mode=mode, needs_grad=may_keep,
+            is_compiled=is_compiled and backend == "torch", **sizes,
+        )  # fmt: skip
+
+    if lengths is None or backend == "dense":
+        return plan_of(choose_mode(mode, why_not)), why_not
+    room = make_room(hidden, weight, num_rows, **sizes)
+    return choose_aligned(mode, lengths, plan_of, room, needs)
 
 
 def choose_aligned(

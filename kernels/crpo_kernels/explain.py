@@ -8,15 +8,7 @@ import torch
 
 from .aligned import Lengths
 from .compilation import uncompiled_reason
-from .dispatch import (
-    choose_aligned,
-    choose_backend,
-    choose_mode,
-    mode_reason,
-    one_pass_reason,
-    rows_reason,
-)
-from .plan import Plan, make_plan, make_room
+from .dispatch import choose_backend, choose_plan, mode_reason, one_pass_reason, rows_reason
 from .spec import ObjectiveSpec
 
 
@@ -59,29 +51,20 @@ def explain_choice(
     hidden = torch.empty(0, hidden_size, dtype=dtype, device=device)
     weight = torch.empty(1, 1, dtype=dtype, device=device).expand(vocab_size, hidden_size)
     eager_reason = uncompiled_reason(hidden, num_rows, vocab_size)
-    sizes = {
-        "backend": choice.name,
-        "workspace_bytes": workspace_bytes,
-        "needs_weight_grad": True,
+    is_by_sequence = spec is not None and why_not is not None
+    plan, reason = choose_plan(
+        hidden, weight, num_rows, mode, why_not,
+        _checked_lengths(sequence_lengths, num_rows) if is_by_sequence else None,
+        backend=choice.name, workspace_bytes=workspace_bytes, is_compiled=eager_reason is None,
+    )  # fmt: skip
+    passes = {
+        "triton": "row passes by Triton kernels",
+        "torch": rows_reason(eager_reason),
+        "dense": "all logits at once",
     }
-
-    def plan_of(mode: str) -> Plan:
-        is_compiled = eager_reason is None and choice.name == "torch"
-        return make_plan(hidden, weight, num_rows, mode=mode, is_compiled=is_compiled, **sizes)
-
-    if spec is None or why_not is None or choice.name == "dense":
-        plan = plan_of(choose_mode(mode, why_not))
-    else:
-        lengths = _checked_lengths(sequence_lengths, num_rows)
-        room = make_room(hidden, weight, num_rows, **sizes)
-        plan, why_not = choose_aligned(mode, lengths, plan_of, room, (True, True))
-    mode_text = mode_reason(plan, why_not)
-    passes = rows_reason(eager_reason)
-    if choice.name != "torch":
-        passes = {"triton": "row passes by Triton kernels", "dense": "all logits at once"}[
-            choice.name
-        ]
-    return f"backend {choice.name} ({choice.reason}), {mode_text}", passes
+    return f"backend {choice.name} ({choice.reason}), {mode_reason(plan, reason)}", passes[
+        choice.name
+    ]
 
 
 def _checked_lengths(sequence_lengths: Sequence[int] | None, num_rows: int) -> Lengths:
