@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch_triton import launch
-from .logits_triton import logits_of
+from .logits_triton import load_logits
 from .rows_triton import NUM_WARPS, block, view_arguments
 
 if TYPE_CHECKING:
@@ -53,19 +53,13 @@ def row_exp_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     num_full = vocab_size // BLOCK_V * BLOCK_V
     for start in range(0, num_full, BLOCK_V):
-        raw = tl.load(raw_ptr + start + offs_v)
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + start + offs_v)
-        e = tl.exp(logits_of(raw, bias, inner, outer) - maximum)
+        z = load_logits(raw_ptr, bias_ptr, start, offs_v, None, inner, outer)
+        e = tl.exp(z - maximum)
         tl.store(exps_ptr + start + offs_v, e.to(exps_ptr.dtype.element_ty))
     if num_full < vocab_size:
         mask_v = num_full + offs_v < vocab_size
-        raw = tl.load(raw_ptr + num_full + offs_v, mask=mask_v, other=0.0)
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + num_full + offs_v, mask=mask_v, other=0.0)
-        e = tl.exp(logits_of(raw, bias, inner, outer) - maximum)
+        z = load_logits(raw_ptr, bias_ptr, num_full, offs_v, mask_v, inner, outer)
+        e = tl.exp(z - maximum)
         tl.store(exps_ptr + num_full + offs_v, e.to(exps_ptr.dtype.element_ty), mask=mask_v)
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch_triton import constant, launch
-from .logits_triton import logits_of
+from .logits_triton import load_logits, load_tile, logits_of
 from .objective_triton import put_objective, twin
 from .row_table import COLUMNS, RowTable
 from .terms import Coefficients
@@ -113,18 +113,12 @@ def row_stats_kernel(
     t = tl.zeros([BLOCK_V], tl.float32)
     num_full = vocab_size // BLOCK_V * BLOCK_V
     for start in range(0, num_full, BLOCK_V):
-        raw = tl.load(raw_ptr + start + offs_v)
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + start + offs_v)
-        m, s, t = _add_tile(logits_of(raw, bias, inner, outer), None, m, s, t)
+        z = load_logits(raw_ptr, bias_ptr, start, offs_v, None, inner, outer)
+        m, s, t = _add_tile(z, None, m, s, t)
     if num_full < vocab_size:
         mask_v = num_full + offs_v < vocab_size
-        raw = tl.load(raw_ptr + num_full + offs_v, mask=mask_v, other=0.0)
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + num_full + offs_v, mask=mask_v, other=0.0)
-        z = tl.where(mask_v, logits_of(raw, bias, inner, outer), -1e30)
+        z = load_logits(raw_ptr, bias_ptr, num_full, offs_v, mask_v, inner, outer)
+        z = tl.where(mask_v, z, -1e30)
         m, s, t = _add_tile(z, mask_v, m, s, t)
     maximum = tl.max(m, 0)
     d = m - maximum
@@ -169,16 +163,17 @@ def row_stats_kernel(
 
 @triton.jit
 def _gradient(
-    x, bias, maximum, log_sum, a, q, slope, inner, outer, IS_EXP: tl.constexpr
+    raw_ptr, bias_ptr, start, offs_v, mask_v,
+    maximum, log_sum, a, q, slope, inner, outer, IS_EXP: tl.constexpr,
 ):  # fmt: skip
-    """D loss / d raw of one tile of a row, but for the label; ``x`` as in `row_grad_kernel`."""
+    """D loss / d raw of one tile of a row, but for the label."""
     if IS_EXP:
-        e = x.to(tl.float32)
+        e = load_tile(raw_ptr, start, offs_v, mask_v).to(tl.float32)
         shifted = tl.log(tl.where(e > 0, e, 1.0))  # finite where e underflowed: p is 0 there
         z = maximum + shifted
         p = e * tl.exp(-log_sum)
     else:
-        z = logits_of(x, bias, inner, outer)
+        z = load_logits(raw_ptr, bias_ptr, start, offs_v, mask_v, inner, outer)
         shifted = z - maximum
         p = tl.exp(shifted - log_sum)
     dz = a
@@ -242,20 +237,18 @@ def row_grad_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     num_full = vocab_size // BLOCK_V * BLOCK_V
     for start in range(0, num_full, BLOCK_V):
-        raw = tl.load(raw_ptr + start + offs_v)
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + start + offs_v)
-        dz = _gradient(raw, bias, maximum, log_sum, a, q, slope, inner, outer, IS_EXP)
+        dz = _gradient(
+            raw_ptr, bias_ptr, start, offs_v, None,
+            maximum, log_sum, a, q, slope, inner, outer, IS_EXP,
+        )  # fmt: skip
         dz = tl.where(start + offs_v == label, label_grad, dz)
         tl.store(d_raw_ptr + start + offs_v, dz.to(d_raw_ptr.dtype.element_ty))
     if num_full < vocab_size:
         mask_v = num_full + offs_v < vocab_size
-        raw = tl.load(raw_ptr + num_full + offs_v, mask=mask_v, other=0.0)
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + num_full + offs_v, mask=mask_v, other=0.0)
-        dz = _gradient(raw, bias, maximum, log_sum, a, q, slope, inner, outer, IS_EXP)
+        dz = _gradient(
+            raw_ptr, bias_ptr, num_full, offs_v, mask_v,
+            maximum, log_sum, a, q, slope, inner, outer, IS_EXP,
+        )  # fmt: skip
         dz = tl.where(num_full + offs_v == label, label_grad, dz)
         tl.store(d_raw_ptr + num_full + offs_v, dz.to(d_raw_ptr.dtype.element_ty), mask=mask_v)
 
