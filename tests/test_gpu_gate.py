@@ -115,10 +115,11 @@ def test_a_wrong_logprob_fails(monkeypatch):
 def test_every_shipped_kernel_is_checked(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # stage weights ask for it on a CPU
     started = set()
-    for module in {sys.modules[kernel.fn.__module__] for kernel in shipped_kernels()}:
+    ours = (m for name, m in list(sys.modules.items()) if name.startswith("crpo_kernels."))
+    for module in (m for m in ours if hasattr(m, "launch")):
 
         def noted(kernel, *rest, run=module.launch, **meta):
-            started.add(kernel)
+            started.add(kernel.__name__)
             run(kernel, *rest, **meta)
 
         monkeypatch.setattr(module, "launch", noted)
