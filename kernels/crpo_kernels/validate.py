@@ -78,8 +78,9 @@ def check_plain(name: str, tensor: object) -> None:
             f"Pass torch.as_tensor({name})."
         )
     if hasattr(type(tensor), "full_tensor") and hasattr(type(tensor), "placements"):
+        placements = getattr(tensor, "placements", None)
         raise ValueError(
-            f"{name}: expected a plain Tensor, got a DTensor with placements {tensor.placements}. "
+            f"{name}: expected a plain Tensor, got a DTensor with placements {placements}. "
             "Call the loss inside the forward of the module that owns it, where FSDP2 has gathered "
             f"its parameters. {name}.full_tensor() does where nothing needs a gradient, and there "
             "alone: it does not add up the ranks' gradients."
