@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunked import Gradients, Head, backprop, d_weight_of, one_pass, score
+from .products import scaled
 from .row_table import OUTPUTS, Objective, RowTable
 from .rows import RowStats
 from .spec import Logprobs
@@ -59,7 +60,7 @@ class OnePassLoss(torch.autograd.Function):
         gradients = Gradients(d_hidden, d_weight, d_bias, d_raw)
         has_weight = d_weight is not None or d_raw is not None
         return (
-            None if d_hidden is None else d_hidden * grad_out,
+            None if d_hidden is None else scaled(d_hidden, grad_out),
             d_weight_of(gradients, hidden, rows, grad_out, ctx.weight_dtype)
             if has_weight
             else None,
@@ -103,10 +104,9 @@ class ChunkedLogprobs(torch.autograd.Function):
             g = torch.zeros_like(stats.logprobs)
         kept, ctx.kept = ctx.kept, None  # overwritten below
         gradients = backprop(hidden, weight, ctx.head, stats, Coefficients(g, q, l), kept)
-        one = torch.ones((), dtype=stats.logprobs.dtype, device=hidden.device)
         d_weight, d_bias = None, gradients.d_bias
         if ctx.head.needs_weight:
-            d_weight = d_weight_of(gradients, hidden, ctx.head.rows, one, weight.dtype)
+            d_weight = d_weight_of(gradients, hidden, ctx.head.rows, None, weight.dtype)
         return (
             gradients.d_hidden,
             d_weight,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .plan import Plan, is_separate, padded, product_rows, raw_dtype
-from .products import add_product, product
+from .products import add_product, product, scaled
 from .row_table import OUTPUTS, SUMS, ExpWork, Objective, RowTable, RowWork
 from .rows import LogitView, RowStats
 from .rows_compiled import CompiledRows
@@ -310,15 +310,19 @@ def d_weight_of(
     gradients: Gradients,
     hidden: Tensor | None,  # [T, D], with gradients.d_raw
     rows: Tensor | None,  # [n]
-    grad_out: Tensor,  # []
+    grad_out: Tensor | None,  # [], None: 1
     dtype: torch.dtype,
 ) -> Tensor:  # [V, D]
     """d_weight in ``dtype`` for the upstream gradient ``grad_out``; what is kept stays as it is."""
     if gradients.d_raw is None:
         assert gradients.d_weight is not None, "either d_raw is kept or d_weight accumulated"
+        if grad_out is None:
+            return gradients.d_weight.to(dtype)
         out = torch.empty_like(gradients.d_weight, dtype=dtype)
         return torch.mul(gradients.d_weight, grad_out, out=out)
     assert hidden is not None, "kept together with d_raw"
     counted = hidden if rows is None else hidden.index_select(0, rows)  # [n, D]
     with without_autocast(counted):
-        return torch.mm(gradients.d_raw.t(), counted * grad_out)  # grad_out itself is not rounded
+        if grad_out is not None:
+            counted = scaled(counted, grad_out)
+        return torch.mm(gradients.d_raw.t(), counted)

@@ -29,7 +29,7 @@ from .chunked import (
     without_autocast,
 )
 from .dispatch import one_pass_reason
-from .products import product
+from .products import product, scaled
 from .row_table import OUTPUTS, Objective
 from .rows import RowStats
 from .spec import Logprobs, ObjectiveSpec, TokenInputs, TokenStats
@@ -213,7 +213,7 @@ def _scale(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Everything times ``grad_out``, rounded once."""
     return (
-        d_hidden * grad_out,
+        scaled(d_hidden, grad_out),
         torch.mul(d_weight, grad_out, out=torch.empty_like(d_weight, dtype=weight_dtype)),
         torch.mul(d_bias, grad_out, out=torch.empty_like(d_bias, dtype=bias_dtype)),
     )
@@ -281,8 +281,7 @@ def _backprop(*arguments: Any) -> tuple[Tensor, ...]:
         made = backprop(call.hidden, call.weight, call.head, stats, Coefficients(g, q, l), None)
         d_weight, d_bias = None, made.d_bias
         if call.needs_weight:
-            one = torch.ones((), dtype=call.dtype, device=call.hidden.device)
-            d_weight = d_weight_of(made, call.hidden, call.rows, one, call.weight.dtype)
+            d_weight = d_weight_of(made, call.hidden, call.rows, None, call.weight.dtype)
         if d_bias is not None and head.bias is not None:
             d_bias = d_bias.to(head.bias.dtype)
     return _outputs(head, made.d_hidden, d_weight, d_bias)

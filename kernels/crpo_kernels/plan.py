@@ -300,5 +300,7 @@ def default_workspace(weight: Tensor, backend: str = "torch") -> int:
     if is_fake(weight) or torch.cuda.is_current_stream_capturing():
         return wanted
     free = torch.cuda.mem_get_info(weight.device)[0]
-    held = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-    return min(wanted, (free + held) // 2)
+    # memory_reserved and memory_allocated each flatten and sort all figures of this one answer
+    figures = torch.cuda.memory_stats_as_nested_dict(weight.device)
+    held, used = (figures[name]["all"]["current"] for name in ("reserved_bytes", "allocated_bytes"))
+    return min(wanted, (free + held - used) // 2)

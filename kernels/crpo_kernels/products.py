@@ -33,3 +33,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if is_wide(a):
         return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     return total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
+    """``tensor * factor`` in the dtype of ``tensor``; ``factor`` ``[]`` is not rounded to it first.
+
+    A CPU multiplies bf16 with a fp32 number in fp32. A GPU would round a number without dimensions
+    to bf16 before it multiplies (1/3 becomes .3340), so there it is given some.
+    """
+    if tensor.device.type == "cpu":
+        return tensor * factor
+    return torch.mul(tensor, factor.reshape((1,) * tensor.dim()), out=torch.empty_like(tensor))

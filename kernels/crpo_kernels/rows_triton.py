@@ -71,7 +71,8 @@ def _add_tile(z, mask, m, s, t):
     return tl.where(is_up, z, m), s, t
 
 
-@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
+# the table's stride is the number of rows, another in every call
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=_UNALIGNED)
 def row_stats_kernel(
     raw_ptr,  # [C, V] fp32
     stride_raw,
@@ -271,7 +272,7 @@ def view_arguments(view: LogitView) -> dict[str, Any]:
         "bias_ptr": _dense(view.bias),
         "outer_ptr": column,
         "outer": 1.0 if isinstance(outer, Tensor) else float(outer),
-        "inner": view.inner,
+        "inner": None if view.inner is None else float(view.inner),
     }
 
 

@@ -29,13 +29,13 @@ BLOCK_T = 256  # tokens per step of a sequence, and per program of the second ke
 MAX_BLOCK_S = 16  # stages per program: BLOCK_T x 16 counts in registers
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_stages"])
+@triton.jit(do_not_specialize=["num_tokens", "stage_count"])
 def stage_counts_fwd_kernel(
     ids_ptr,  # [T] integers
     bounds_ptr,  # [B + 1] integers
     counts_ptr,  # [B, S] int32
     num_tokens,  # T
-    num_stages,  # S
+    stage_count,  # S; num_stages is an option of every launch
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -52,10 +52,10 @@ def stage_counts_fwd_kernel(
         ids = tl.load(ids_ptr + offs_t, mask=offs_t < end, other=-1)
         found += (ids[:, None] == offs_s[None, :]).to(tl.int32)
     counts = tl.sum(found, axis=0)  # [BLOCK_S]
-    tl.store(counts_ptr + sequence * num_stages + offs_s, counts, mask=offs_s < num_stages)
+    tl.store(counts_ptr + sequence * stage_count + offs_s, counts, mask=offs_s < stage_count)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_stages", "first_step"])
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "stage_count", "first_step"])
 def stage_weights_fwd_kernel(
     ids_ptr,  # [T] integers
     bounds_ptr,  # [B + 1] integers
@@ -63,7 +63,7 @@ def stage_weights_fwd_kernel(
     weights_ptr,  # [T] as cells
     num_tokens,  # T
     num_sequences,  # B
-    num_stages,  # S
+    stage_count,  # S; num_stages is an option of every launch
     first_step,  # the largest power of two <= B
     BLOCK_T: tl.constexpr,
 ):
@@ -80,8 +80,8 @@ def stage_weights_fwd_kernel(
         sequence = tl.where(mask_b & (bound <= offs_t), ahead, sequence)
         step = step // 2
     ids = tl.load(ids_ptr + offs_t, mask=mask_t, other=-1)
-    is_cell = mask_t & (ids >= 0) & (ids < num_stages) & (sequence < num_sequences)
-    cell = sequence.to(tl.int64) * num_stages + ids
+    is_cell = mask_t & (ids >= 0) & (ids < stage_count) & (sequence < num_sequences)
+    cell = sequence.to(tl.int64) * stage_count + ids
     weights = tl.load(cells_ptr + cell, mask=is_cell, other=float("nan"))
     is_none = (ids == -1) & (sequence < num_sequences)
     tl.store(weights_ptr + offs_t, tl.where(is_none, 0.0, weights), mask=mask_t)
@@ -112,7 +112,7 @@ def stage_counts_fwd(
         "bounds_ptr": cu_seqlens,
         "counts_ptr": counts,
         "num_tokens": stage_ids.numel(),
-        "num_stages": num_stages,
+        "stage_count": num_stages,
         "BLOCK_T": BLOCK_T,
         "BLOCK_S": block_s,
     }
@@ -145,7 +145,7 @@ def stage_weights_fwd(
         "weights_ptr": weights,
         "num_tokens": stage_ids.numel(),
         "num_sequences": num_sequences,
-        "num_stages": num_stages,
+        "stage_count": num_stages,
         "first_step": (1 << num_sequences.bit_length()) // 2,
         "BLOCK_T": BLOCK_T,
     }
