@@ -82,9 +82,26 @@ HEAD_CASES = {
     "temperature_nan": ({"temperature": float("nan")}, "temperature: .* got nan"),
     "temperature_row": (
         {"temperature": torch.tensor([1.0, 0.0, 1, 1, 1, 1])},
-        "temperature: expected values above 0, got 0.0",
+        "temperature: expected finite values above 0, got 0.0",
     ),
     "temperature_length": ({"temperature": torch.ones(4)}, "temperature: expected T = 6 values"),
+    "temperature_text": ({"temperature": "1"}, "temperature: .* a tensor .T. or .* got '1'. Pass"),
+    "temperature_none": ({"temperature": None}, "temperature: .* got None. Pass"),
+    "temperature_list": ({"temperature": [1.0] * 6}, r"temperature: .* got \[1.0, 1.0"),
+    "temperature_row_infinite": (
+        {"temperature": torch.full((6,), float("inf"))},
+        "temperature: expected finite values above 0, got inf",
+    ),
+    "scale_text": ({"logit_scale": "2"}, "logit_scale: expected a finite number .* got '2'"),
+    "scale_tensor": ({"logit_scale": torch.tensor(2.0)}, r"logit_scale: .* got tensor\(2"),
+    "softcap_text": ({"logit_softcap": "30"}, "logit_softcap: .* got '30'. Pass a Python"),
+    "softcap_tensor": ({"logit_softcap": torch.tensor(30.0)}, r"logit_softcap: .* got tensor\(30"),
+    "rows_text": ({"rows": "all"}, "rows: expected integer indices, got str 'all'. Pass"),
+    "rows_set": ({"rows": {1, 2}}, "rows: expected integer indices, got set '.1, 2.'. Pass"),
+    "no_columns": (
+        {"hidden": torch.ones(6, 0), "weight": torch.ones(101, 0)},
+        r"hidden: expected D of at least 1 .* got \[6, 0\]",
+    ),
     "scale": ({"logit_scale": 0.0}, "logit_scale: .* got 0.0"),
     "softcap": ({"logit_softcap": -2.0}, "logit_softcap: .* got -2.0"),
     "rows": ({"rows": [1, 6]}, r"rows: expected distinct indices in 0\.\.5, got values in 1\.\.6"),
@@ -116,6 +133,10 @@ LOSS_CASES = {
     "advantages_missing": ({"advantages": None}, "advantages: .* policy='clip', got None"),
     "token_weights": ({"token_weights": None}, "token_weights: .* aggregation_weights"),
     "token_weights_length": ({"token_weights": torch.ones(7)}, "token_weights: expected T = 6"),
+    "complex": (
+        {"advantages": torch.ones(6, dtype=torch.complex64)},
+        "advantages: expected real numbers, got torch.complex64. Pass advantages.real",
+    ),
     "entropy_length": ({"entropy_weights": torch.ones(1)}, "entropy_weights: expected T = 6"),
     "old_list": ({"old_logprobs": [0.0] * 6}, "old_logprobs: expected a torch.Tensor"),
     "ref_device": ({"ref_logprobs": torch.ones(6, device="meta")}, "ref_logprobs: .* got meta"),
@@ -198,6 +219,38 @@ def test_a_dtensor_is_refused_whatever_computes():
                 call(weight=weight, backend=backend)
     finally:
         dist.destroy_process_group()
+
+
+EXPLAIN_CASES = {
+    "dtype": ({"dtype": torch.float16}, "hidden: expected float32.* got torch.float16"),
+    "vocabulary": ({"vocab_size": 2**31}, "weight: expected V .* got V = 2147483648"),
+    "rows": ({"num_rows": -4}, "num_rows: expected a whole number of at least 0, got -4"),
+    "device": ({"device": "gpu"}, "device: expected the name of a device, got 'gpu'"),
+    "workspace": ({"workspace_bytes": -3}, "workspace_bytes: expected bytes above 0 .* got -3"),
+    "lengths": (
+        {"sequence_lengths": [6, -2], "spec": ck.ObjectiveSpec("gspo"), "is_on_policy": False},
+        "sequence_lengths: expected numbers of at least 0, got -2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPLAIN_CASES)
+def test_what_a_call_would_refuse_is_not_explained(case):
+    changes, message = EXPLAIN_CASES[case]
+    with pytest.raises(ValueError, match=message):
+        ck.explain_choice(**{"num_rows": 4, "vocab_size": 10, "hidden_size": 4} | changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_not_explained():
+    with pytest.raises(ValueError, match=r"device: .* got 'cuda' .* Pass device='cpu'"):
+        ck.explain_choice(num_rows=4, vocab_size=10, hidden_size=4, device="cuda")
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 0], torch.zeros(3)], ids=["list", "float"])
+def test_stage_ids_of_another_kind(ids):
+    with pytest.raises(ValueError, match=r"stage_ids: expected an integer tensor .T., got"):
+        ck.stage_entropy_weights(ids, torch.tensor([0, 3]), [0.1, 0.2])
 
 
 @pytest.mark.parametrize("case", LOSS_CASES)

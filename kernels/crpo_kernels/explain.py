@@ -10,6 +10,7 @@ from .aligned import Lengths
 from .compilation import uncompiled_reason
 from .dispatch import choose_backend, choose_plan, mode_reason, one_pass_reason, rows_reason
 from .spec import ObjectiveSpec
+from .validate import check_tensors, check_workspace
 
 
 def explain_choice(
@@ -43,13 +44,24 @@ def explain_choice(
         workspace_bytes: as in the call.
 
     Raises:
-        ValueError: an unknown name, or a backend or mode that cannot run, with the reason.
+        ValueError: what a call of these sizes would refuse, an unknown name, or a backend or mode
+            that cannot run, with the reason.
     """
+    sizes = {"num_rows": num_rows, "vocab_size": vocab_size, "hidden_size": hidden_size}
+    for name, size in sizes.items():
+        if not (isinstance(size, int) and size >= 0):
+            raise ValueError(
+                f"{name}: expected a whole number of at least 0, got {size!r}. Pass the {name} of "
+                "the call."
+            )
+    place = _checked_device(device)
     why_not = one_pass_reason(spec, is_on_policy)
-    choice = choose_backend(backend, torch.device(device), dtype)
     # shapes, dtype and device are all that the predicates read
-    hidden = torch.empty(0, hidden_size, dtype=dtype, device=device)
-    weight = torch.empty(1, 1, dtype=dtype, device=device).expand(vocab_size, hidden_size)
+    hidden = torch.empty(0, hidden_size, dtype=dtype, device=place)
+    weight = torch.empty(1, 1, dtype=dtype, device=place).expand(vocab_size, hidden_size)
+    check_tensors(hidden, weight, hidden.new_empty(0, dtype=torch.int64), None)
+    check_workspace(workspace_bytes)
+    choice = choose_backend(backend, place, dtype)
     eager_reason = uncompiled_reason(hidden, num_rows, vocab_size)
     is_by_sequence = spec is not None and why_not is not None
     plan, reason = choose_plan(
@@ -67,9 +79,29 @@ def explain_choice(
     ]
 
 
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device: expected the name of a device, got {device!r}. Pass 'cpu' or 'cuda'."
+        ) from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: expected one that torch sees, got {device!r} (torch {torch.__version__} sees "
+            "no CUDA device). Pass device='cpu', or ask on the machine with the GPU."
+        )
+    return place
+
+
 def _checked_lengths(sequence_lengths: Sequence[int] | None, num_rows: int) -> Lengths:
     if sequence_lengths is None:
         return Lengths(None, "the sequences are not known here")
+    if any(length < 0 for length in sequence_lengths):
+        raise ValueError(
+            f"sequence_lengths: expected numbers of at least 0, got {min(sequence_lengths)}. Pass "
+            "the counted tokens of every sequence."
+        )
     if sum(sequence_lengths) != num_rows:
         raise ValueError(
             f"sequence_lengths: expected {num_rows} tokens (num_rows) in all, got "

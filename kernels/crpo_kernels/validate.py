@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
         raise ValueError(
             f"hidden: expected [T, D] (or more leading dimensions), got {list(hidden.shape)}. "
             "Pass one row per token."
+        )
+    if not hidden.shape[-1]:
+        raise ValueError(
+            f"hidden: expected D of at least 1 columns, got {list(hidden.shape)}. Pass the states "
+            "before lm_head."
         )
     if hidden.dtype not in DTYPES:
         raise ValueError(
@@ -164,6 +170,8 @@ def _token_vector(
 ) -> Tensor:  # [T]
     check_plain(name, value)
     _check_device(name, value, hidden)
+    if value.is_complex():
+        raise ValueError(f"{name}: expected real numbers, got {value.dtype}. Pass {name}.real.")
     return check_length(name, value, num_rows).detach().to(dtype)
 
 
@@ -179,11 +187,11 @@ def check_temperature(
         if temperature.numel() == 1:
             temperature = temperature.reshape(1).expand(num_rows)
         return _token_vector("temperature", temperature, num_rows, hidden, dtype)
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not (is_number(temperature) and temperature > 0):
         raise ValueError(
-            f"temperature: expected a finite number above 0, got {temperature}. Pass the "
-            "temperature that the tokens were sampled with; greedy sampling has no finite "
-            "log-probabilities."
+            "temperature: expected a tensor [T] or a finite number above 0, got "
+            f"{temperature!r}. Pass the temperature that the tokens were sampled with; greedy "
+            "sampling has no finite log-probabilities."
         )
     return float(temperature)
 
@@ -192,15 +200,21 @@ def check_temperatures(temperature: Tensor | float) -> None:
     """The temperatures of the counted rows.
 
     Raises:
-        ValueError: one of them is not above 0.
+        ValueError: one of them is not above 0, or not finite.
     """
     if isinstance(temperature, Tensor) and temperature.device.type == "cpu":
-        is_bad = ~(temperature > 0)
+        is_bad = ~((temperature > 0) & temperature.isfinite())
         if bool(is_bad.any()):
             raise ValueError(
-                f"temperature: expected values above 0, got {float(temperature[is_bad][0])}. "
-                "Pass the temperature that each token was sampled with."
+                "temperature: expected finite values above 0, got "
+                f"{float(temperature[is_bad][0])}. Pass the temperature that each token was "
+                "sampled with."
             )
+
+
+def is_number(value: object) -> bool:
+    """A finite number; no tensor, which would have to be read (and has no gradient here)."""
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def check_scale(logit_scale: float, logit_softcap: float | None) -> None:
@@ -209,15 +223,15 @@ def check_scale(logit_scale: float, logit_softcap: float | None) -> None:
     Raises:
         ValueError: out of range.
     """
-    if not (math.isfinite(logit_scale) and logit_scale != 0):
+    if not (is_number(logit_scale) and logit_scale != 0):
         raise ValueError(
-            f"logit_scale: expected a finite number other than 0, got {logit_scale}. "
-            "Pass 1.0 for none."
+            f"logit_scale: expected a finite number other than 0, got {logit_scale!r}. "
+            "Pass a Python number, 1.0 for none."
         )
-    if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
+    if logit_softcap is not None and not (is_number(logit_softcap) and logit_softcap > 0):
         raise ValueError(
-            f"logit_softcap: expected a finite number above 0 or None, got {logit_softcap}. "
-            "Pass None for none."
+            f"logit_softcap: expected a finite number above 0 or None, got {logit_softcap!r}. "
+            "Pass a Python number, None for none."
         )
 
 
@@ -240,7 +254,7 @@ def counted_rows(rows: Tensor | Sequence[int] | None, labels: Tensor) -> Tensor 
         return _labelled_rows(labels)
     indices = None  # all rows
     if not (isinstance(rows, range) and rows == range(labels.numel())):
-        indices = torch.as_tensor(rows).reshape(-1)  # [n]
+        indices = _indices(rows)  # [n]
         if indices.numel() and (indices.dtype == torch.bool or indices.is_floating_point()):
             raise ValueError(
                 f"rows: expected integer indices, got {indices.dtype}. Pass mask.nonzero() of a "
@@ -256,6 +270,16 @@ def counted_rows(rows: Tensor | Sequence[int] | None, labels: Tensor) -> Tensor 
     if is_checked(labels):
         _check_labelled(indices, labels)
     return indices
+
+
+def _indices(rows: Tensor | Sequence[int]) -> Tensor:  # [n]
+    try:
+        return torch.as_tensor(rows).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch says of what it cannot make one
+        raise ValueError(
+            f"rows: expected integer indices, got {type(rows).__name__} {str(rows)[:40]!r}. Pass "
+            f"(labels != {IGNORE_INDEX}).nonzero() made on the host, or a list of row numbers."
+        ) from error
 
 
 def _labelled_rows(labels: Tensor) -> Tensor | None:  # [n]

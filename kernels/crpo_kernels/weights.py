@@ -172,7 +172,7 @@ def stage_entropy_weights(
     check_choice("reduction", reduction, REDUCTIONS)
     is_tensor = isinstance(coefs, Tensor) and coefs.is_floating_point()
     dtype = coefs.dtype if is_tensor else torch.get_default_dtype()
-    ids = stage_ids.reshape(-1)  # [T]
+    ids = _checked_stages(stage_ids)  # [T]
     stage_coefs = on_device("coefs", coefs, ids.device, count_dtype(ids.device)).reshape(-1)  # [S]
     num_stages = stage_coefs.numel()
     _check_stage_ids(ids, num_stages)
@@ -281,6 +281,16 @@ def _per_stage(argument: str, values: Tensor | Sequence[float], counts: Tensor) 
             "Pass one count for every coefficient."
         )
     return tensor.clamp(min=1)
+
+
+def _checked_stages(stage_ids: Tensor) -> Tensor:  # [T]
+    if not isinstance(stage_ids, Tensor) or stage_ids.is_floating_point():
+        kind = stage_ids.dtype if isinstance(stage_ids, Tensor) else type(stage_ids).__name__
+        raise ValueError(
+            f"stage_ids: expected an integer tensor [T], got {kind}. Pass "
+            "torch.as_tensor(stage_ids).long()."
+        )
+    return stage_ids.reshape(-1)
 
 
 def _check_stage_ids(ids: Tensor, num_stages: int) -> None:
