@@ -1,4 +1,4 @@
-"""Shared by the tests of torch.compile: eager against compiled, without a trace left behind."""
+"""Shared by the tests of torch.compile: eager against compiled."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ from numerics import assert_near, make_problem, spec_of
 
 SIZE = {"num_rows": 13, "vocab": 67, "dim": 8}
 BACKENDS = ("torch", "triton")
-
-
-@pytest.fixture(autouse=True)
-def forget_graphs():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def need(backend):

@@ -88,6 +88,14 @@ def crpo_data() -> Path:
 
 
 @pytest.fixture
+def forget_graphs() -> Iterator[None]:
+    """No graph of torch.compile comes from an earlier test or stays for a later one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def device() -> str:
     """Where kernels run in these tests: the device, or the CPU in Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from crpo_kernels.row_table import COLUMNS, OUTPUTS, SUMS, RowTable
+from crpo_kernels.row_table import OUTPUTS, SUMS, RowTable
 from crpo_kernels.rows import LogitView, RowStats
 from crpo_kernels.terms import Coefficients
 from triton_tools import Guarded
@@ -151,11 +151,3 @@ def assert_grad(d_raw: Tensor, expected: Tensor, tolerance: float) -> None:
     assert (error <= allowed).all(), (
         f"row {worst[0]}, column {worst[1]}: {value[worst]} for {expected[worst]}"
     )
-
-
-def stats_of(table: RowTable) -> RowStats:
-    """What `row_grad` reads, as views of the table."""
-    return table.stats()
-
-
-__all__ = ["COLUMNS", "Rows", "Truth", "make_rows", "run_grad", "run_stats", "truth_of"]

@@ -11,7 +11,6 @@ from compile_tools import (
     BACKENDS,
     assert_same,
     compiled,
-    forget_graphs,
     loss_step,
     need,
     problem_on,
@@ -19,7 +18,7 @@ from compile_tools import (
 )
 from numerics import TINY, assert_near, spec_of
 
-__all__ = ["forget_graphs"]
+pytestmark = pytest.mark.usefixtures("forget_graphs")
 ROWS = [2, 3, 7, 11]
 LOSS_CASES = {
     "on_policy": ("crpo", {"drop": ("old_logprobs", "z_loss_weights"), "bias": False}),

@@ -16,7 +16,6 @@ from compile_tools import (
     SIZE,
     assert_same,
     compiled,
-    forget_graphs,
     loss_step,
     need,
     problem_on,
@@ -26,7 +25,7 @@ from crpo_kernels import operators
 from crpo_kernels.compilation import missing_toolchain
 from numerics import assert_near, make_problem, spec_of
 
-__all__ = ["forget_graphs"]
+pytestmark = pytest.mark.usefixtures("forget_graphs")
 
 
 @pytest.mark.parametrize("inside", [True, False])
