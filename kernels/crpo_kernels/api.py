@@ -36,7 +36,7 @@ Both take the head the same way:
 
 Results are fp32 (fp64 for fp64 inputs). On a CPU bf16 products are rounded to bf16, as in any bf16
 head there; everything after them is fp32. Inputs are never changed. In a graph of torch.compile a
-call is one operator (`opaque`), but for backend="dense", which breaks the graph.
+call is one operator (`traced`), but for backend="dense", which breaks the graph.
 """
 
 from __future__ import annotations
@@ -51,12 +51,9 @@ from torch import Tensor
 
 from .call import HeadCall
 from .dispatch import one_pass_reason
-from .opaque import HeadInputs, traced_logprobs, traced_policy_loss
 from .spec import Logprobs, ObjectiveSpec, TokenStats
-from .validate import (
-    check_objective,
-    check_vocabulary_shard,
-)
+from .traced import HeadInputs, traced_logprobs, traced_policy_loss
+from .validate import check_objective, check_vocabulary_shard
 
 DENSE_REASON = (
     "backend: 'dense' has no operator that torch.compile could put into a graph. "

@@ -5,7 +5,7 @@
     logprobs               head -> logprobs, entropy, lse, what the gradient of a row needs
     logprobs_backward      d_hidden, d_weight, d_bias of a loss on the first three
 
-`opaque` says when they are used and what is different then. An operator's arguments are tensors,
+`traced` says when they are used and what is different then. An operator's arguments are tensors,
 numbers and strings: those of `HeadArguments`, then those of the objective.
 """
 
