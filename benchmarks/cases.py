@@ -19,12 +19,17 @@ from torch import Tensor
 class Case:
     """One shape to measure."""
 
-    name: str
     num_rows: int
     vocab_size: int
     dim: int
     dtype: torch.dtype
     temperature: float = 0.85
+
+    @property
+    def name(self) -> str:
+        """Sizes and dtype, for people."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"T{self.num_rows} V{self.vocab_size} D{self.dim} {kind}"
 
     @property
     def product_flops(self) -> float:
@@ -33,8 +38,8 @@ class Case:
 
 
 CASES = {
-    "cpu": Case("T2048 V151936 D1024 bf16", 2048, 151936, 1024, torch.bfloat16),
-    "cuda": Case("T8192 V131072 D4096 bf16", 8192, 131072, 4096, torch.bfloat16),
+    "cpu": Case(2048, 151936, 1024, torch.bfloat16),
+    "cuda": Case(8192, 131072, 4096, torch.bfloat16),
 }
 
 

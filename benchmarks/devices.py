@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SUSTAINED_PRODUCTS = 720 / 989.4  # share of the datasheet's rate; see above
+ASSUMED_FLOPS = 720e12  # bf16 products of an H100; see above
+SUSTAINED_PRODUCTS = ASSUMED_FLOPS / 989.4e12  # share of the datasheet's rate
 SUSTAINED_BANDWIDTH = 3.0 / 3.35
 
 

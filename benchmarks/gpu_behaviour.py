@@ -276,12 +276,3 @@ def check_wrap_kernels(part: Part, scale: Scale) -> None:
     row_grad(d_raw, d_raw, labels, view, table.stats(), coefficients, is_exp=True)
     error = rms(d_raw[rows], true, relative=True)
     part.at_most("row_exp and row_grad of E: relative rms", error, CACHED_LIMIT)
-
-
-PARTS: dict[str, Callable[[Part, Scale], None]] = {
-    "memory": memory,
-    "repeatability": repeatability,
-    "nan": nan,
-    "graphs": graphs,
-    "wrap": wrap,
-}

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
-from crpo_kernels.support import triton_obstacle
+from crpo_kernels.support import INTERPRETER, asks_for_interpreter, triton_obstacle
 
 from . import gpu_behaviour, gpu_precision, gpu_table, plot
-from .gpu_report import LATE, OutOfTime, Part, at_most_seconds, plain
+from .deadline import LATE, OutOfTime, at_most_seconds
+from .gpu_report import Part, plain
 from .gpu_scale import Scale, real_scale, rehearsal_scale
 from .gpu_table import NO_CLAIM
 from .output import say, write_json
@@ -37,7 +38,6 @@ from .timing import gpu_name, machine
 
 TOTAL_SECONDS = 510  # of the nine minutes; the rest is start and end
 GRACE = 20  # seconds that a part may go on when it has begun something
-INTERPRETER = "TRITON_INTERPRET"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Run the parts, print and write what they found."""
-    if options.rehearse and os.environ.get(INTERPRETER) != "1":
+    if options.rehearse and not asks_for_interpreter():
         return rehearse_in_a_process(command)
     if not options.rehearse and not torch.cuda.is_available():
         print(
@@ -87,10 +87,10 @@ def run(options: argparse.Namespace, command: str) -> int:
             "CPU, tiny and without any claim about time."
         )
         return 2
-    if not options.rehearse and os.environ.get(INTERPRETER) == "1":
+    if not options.rehearse and asks_for_interpreter():
         print(
-            f"gpu-gate: expected compiled kernels, got {INTERPRETER}=1. Type unset {INTERPRETER}, "
-            "or add --rehearse."
+            f"gpu-gate: expected compiled kernels, got {INTERPRETER} on. Type "
+            f"unset {INTERPRETER}, or add --rehearse."
         )
         return 2
     device = torch.device("cpu")

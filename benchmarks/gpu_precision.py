@@ -8,7 +8,7 @@ takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -308,10 +308,3 @@ def stage_weights(
         ramp = 1.0 if length is None else min(1.0, float(tokens) / length)
         weights[t] = coefs[k] * ramp / over
     return weights
-
-
-PARTS: dict[str, Callable[[Part, Scale], None]] = {
-    "precision": precision,
-    "presets": presets,
-    "options": options,
-}

@@ -1,54 +1,20 @@
-"""The parts of a gate: named checks with their values, what was not run, a limit of time."""
+"""The parts of a gate: named checks with their values, what was not run."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .deadline import LATE, OutOfTime
 from .output import say
-
-LATE = "dropped for lack of time"
 
 
 class CannotRun(Exception):
     """A check that this device or this machine does not allow; the text is the reason."""
-
-
-class OutOfTime(BaseException):
-    """A part went on after its limit of time; nobody who handles a candidate's errors stops it."""
-
-
-@contextlib.contextmanager
-def at_most_seconds(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime inside the block after so long; in the main thread alone.
-
-    Python code is interrupted, a compilation too; a kernel on a device is not.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise OutOfTime(f"stopped after {seconds:.3g} s")
-
-    begin, (outer, _) = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(min(seconds, outer or seconds), 0.001))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if outer:  # what is left of a limit around this one
-            left = outer - (time.monotonic() - begin)
-            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001))
 
 
 @dataclass

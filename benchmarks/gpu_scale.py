@@ -39,22 +39,16 @@ class Scale:
     is_rehearsal: bool = False
 
 
-def case(num_rows: int, vocab_size: int, dim: int, dtype: torch.dtype) -> Case:
-    """A shape with its name."""
-    kind = str(dtype).split(".")[1]
-    return Case(f"T{num_rows} V{vocab_size} D{dim} {kind}", num_rows, vocab_size, dim, dtype)
-
-
 def real_scale(device: torch.device) -> Scale:
     """For one card: no size of rows or vocabulary is a multiple of a block."""
-    shapes = [case(*shape, BF16) for shape in TARGETS]
+    shapes = [Case(*shape, BF16) for shape in TARGETS]
     return Scale(
         device=device,
-        precision=case(1537, 128_255, 2048, BF16),
-        presets=case(257, 5003, 128, BF16),
+        precision=Case(1537, 128_255, 2048, BF16),
+        presets=Case(257, 5003, 128, BF16),
         dtypes=(FP32, BF16),
-        behaviour=case(4095, 65_543, 1024, BF16),
-        wrap=case(16_384, 151_936, 8192, BF16),
+        behaviour=Case(4095, 65_543, 1024, BF16),
+        wrap=Case(16_384, 151_936, 8192, BF16),
         late=14_134,  # of 151 936 elements each are 2^31
         tables=tuple((shape, shape) for shape in shapes),
         rounds=11,
@@ -65,13 +59,13 @@ def rehearsal_scale() -> Scale:
     """For a CPU; fp32, since the interpreter rounds bf16 stores another way than a GPU."""
     return Scale(
         device=torch.device("cpu"),
-        precision=case(12, 300, 64, FP32),
-        presets=case(7, 130, 64, FP32),
+        precision=Case(12, 300, 64, FP32),
+        presets=Case(7, 130, 64, FP32),
         dtypes=(FP32,),
-        behaviour=case(10, 200, 64, FP32),
-        wrap=case(12, 130, 64, FP32),
+        behaviour=Case(10, 200, 64, FP32),
+        wrap=Case(12, 130, 64, FP32),
         late=9,
-        tables=tuple((case(*shape, BF16), case(8, 128, 64, FP32)) for shape in TARGETS),
+        tables=tuple((Case(*shape, BF16), Case(8, 128, 64, FP32)) for shape in TARGETS),
         rounds=1,
         is_rehearsal=True,
     )

@@ -6,7 +6,6 @@ installed or cannot run has the reason instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -20,8 +19,9 @@ from .baselines import Candidate, fused
 from .candidates import all_gradients, frozen_head, scoring
 from .cases import Case, make_inputs
 from .clock import Clock
+from .deadline import LATE
 from .gpu_behaviour import needs_memory
-from .gpu_report import LATE, Part
+from .gpu_report import Part
 from .gpu_scale import Scale
 from .gpu_targets import gpu_targets, target_state
 from .measure import measure, release
@@ -170,10 +170,3 @@ def sweep_chunks(part: Part, scale: Scale, case: Case) -> None:
         part.results["chunks"].append(
             {"case": case.name, "ring_rows": ring, "group_rows": 2 * ring, "seconds": seconds}
         )
-
-
-PARTS: dict[str, Callable[[Part, Scale], None]] = {
-    "ceilings": ceilings,
-    "table": table,
-    "sweep": sweep,
-}

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .cases import Case
+from .devices import ASSUMED_FLOPS
 
-ASSUMED_FLOPS = 720e12
 GIB = 2**30
 
 

@@ -61,9 +61,7 @@ def chosen_case(options: argparse.Namespace) -> Case:
     """The case of the device with the sizes of the command line."""
     case = CASES[options.device]
     sizes = {"num_rows": options.rows, "vocab_size": options.vocab, "dim": options.dim}
-    case = replace(case, **{name: size for name, size in sizes.items() if size})
-    name = f"T{case.num_rows} V{case.vocab_size} D{case.dim} {str(case.dtype).split('.')[1]}"
-    return replace(case, name=name)
+    return replace(case, **{name: size for name, size in sizes.items() if size})
 
 
 def run_loss(options: argparse.Namespace, command: str) -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .baselines import FLOORS, NAIVE, Candidate, Result
 from .cases import Case, Inputs, make_inputs
 from .clock import Clock, measure_seconds
-from .gpu_report import LATE, OutOfTime, at_most_seconds
+from .deadline import LATE, OutOfTime, at_most_seconds
 from .output import say
 from .timing import errors, exact_result, memory_of, summary
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks import baselines, clock, plot
 from benchmarks.__main__ import main
 from benchmarks.candidates import all_gradients, cpu_candidates, frozen_head, scoring
-from benchmarks.cases import CASES, make_inputs
+from benchmarks.cases import CASES, Case, make_inputs
 from benchmarks.clock import Clock
 from benchmarks.gpu_targets import gpu_targets, target_state
 from benchmarks.loss import targets
@@ -98,7 +98,7 @@ def test_candidates_compute_the_same_gradients(key):
     candidate = next(c for c in cpu_candidates() if c.key == key)
     if candidate.missing():
         pytest.skip(candidate.missing())
-    case = CASES["cpu"].__class__("tiny", 64, 300, 256, torch.float32)
+    case = Case(64, 300, 256, torch.float32)
     inputs = make_inputs(case)
     if not candidate.has_entropy_gradient:
         inputs.entropy_weights.zero_()
@@ -109,7 +109,7 @@ def test_candidates_compute_the_same_gradients(key):
 
 
 def test_inputs_have_the_entropy_of_text():
-    inputs = make_inputs(CASES["cpu"].__class__("small", 256, 20_000, 256, torch.float32))
+    inputs = make_inputs(Case(256, 20_000, 256, torch.float32))
     entropy = baselines.naive(inputs).entropy
     low, high = entropy.quantile(torch.tensor([0.1, 0.9])).tolist()
     assert 0.2 < low < 0.8
@@ -207,7 +207,7 @@ def test_gpu_targets_ask_milliseconds_of_an_h100_alone():
 
 
 def test_a_frozen_head_has_two_products_as_floor_and_scoring_one():
-    case = CASES["cpu"].__class__("tiny", 32, 300, 64, torch.float32)
+    case = Case(32, 300, 64, torch.float32)
     candidates = [
         *all_gradients("torch", has_fp32_out=False)[:5],
         *frozen_head("torch", has_fp32_out=False),
@@ -228,7 +228,7 @@ def test_a_frozen_head_has_two_products_as_floor_and_scoring_one():
 
 
 def test_memory_is_counted_in_forward_and_in_backward():
-    case = CASES["cpu"].__class__("tiny", 32, 300, 64, torch.float32)
+    case = Case(32, 300, 64, torch.float32)
     inputs = make_inputs(case)
 
     def step(inputs):
@@ -252,7 +252,7 @@ def test_memory_is_counted_in_forward_and_in_backward():
 
 
 def test_candidates_that_fail_hang_or_come_too_late_say_so():
-    case = CASES["cpu"].__class__("tiny", 8, 50, 16, torch.float32)
+    case = Case(8, 50, 16, torch.float32)
 
     def fails(inputs):
         raise RuntimeError("out of something")
@@ -281,7 +281,7 @@ def test_candidates_that_fail_hang_or_come_too_late_say_so():
 
 
 def test_inputs_that_fit_the_cache_are_used_in_turn():
-    inputs = make_inputs(CASES["cpu"].__class__("tiny", 8, 50, 16, torch.float32))
+    inputs = make_inputs(Case(8, 50, 16, torch.float32))
     size = sum(t.numel() * t.element_size() for t in inputs.tensors())
     sets = clock.rotation(inputs, cache_bytes=2 * size)
     turn = [next(sets) for _ in range(5)]

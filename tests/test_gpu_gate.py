@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import gpu_behaviour, gpu_gate
 from benchmarks.__main__ import main
-from benchmarks.gpu_report import LATE, CannotRun, OutOfTime, Part, at_most_seconds, plain
+from benchmarks.deadline import LATE, OutOfTime, at_most_seconds
+from benchmarks.gpu_report import CannotRun, Part, plain
 from benchmarks.gpu_scale import real_scale, rehearsal_scale
 from benchmarks.shipped_calls import shipped_kernels
 from crpo_kernels import work_triton

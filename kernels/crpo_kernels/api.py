@@ -18,9 +18,10 @@ Both take the head the same way:
     rows             host-side indices of the rows that count; others return 0. On a GPU this spares
                      the one synchronisation of the call, and every listed row must carry a label;
                      torch.arange(T) says that all do. While a CUDA graph is captured: on the device
-    backend          "triton" (CUDA and ROCm; on a CPU in Triton's interpreter, TRITON_INTERPRET=1),
-                     "torch" (any device), "dense" (the oracle: all logits, plain autograd), "auto":
-                     triton where it can run, else torch; the logger crpo_kernels says which and why
+    backend          "triton" (bf16 and fp32 on CUDA and ROCm; on a CPU in Triton's interpreter,
+                     TRITON_INTERPRET=1), "torch" (any device), "dense" (the oracle: all logits,
+                     plain autograd), "auto": triton where it can run, else torch; the logger
+                     crpo_kernels says which and why
     mode             "one_pass": gradients are made while a chunk's logits are hot (6NVD work).
                      "two_pass": after the statistics of all rows; 6NVD where e^(z - m) of all rows
                      (torch on a CPU: their logits) fits the workspace and is kept until the first
@@ -30,7 +31,7 @@ Both take the head the same way:
                      cu_seqlens (and rows) on the CPU, a GPU is not asked for them. Logged once
     workspace_bytes  bound on logits, gradient factors and scratch together, refused below what one
                      row needs; a fp32 d_weight that accumulates counts as a gradient. None: 1 GiB
-                     on a CPU, 4 V D bytes and 1024 fp32 rows on a GPU, or half of what is free;
+                     on a CPU, 4 V D + 8192 V bytes on a GPU, or half of what is free if less;
                      a number where torch.utils.checkpoint runs the call again, as that may change
     process_group, vocab_start   vocabulary-parallel heads; not implemented
 
