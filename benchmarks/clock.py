@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -80,3 +81,8 @@ def measure_seconds(
                 times[candidate.key].append(seconds)
                 say(f"round {turn + 1}: {candidate.title}: {seconds:.4g} s")
     return times
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import crpo_kernels as ck
 
+from .accuracy import exact_result, rms
 from .baselines import (
     Candidate,
     Result,
@@ -25,8 +26,8 @@ from .gpu_precision import CACHED_LIMIT, GRADIENT_LIMIT, RMS_LIMIT, check_gradie
 from .gpu_report import CannotRun, Part
 from .gpu_scale import Scale
 from .measure import release
+from .memory import memory_of
 from .roofline import extra_memory, planned
-from .timing import exact_result, memory_of, rms
 
 BYTES_OF_VECTORS = 256  # per row: constants of a call and its table of results
 ALLOCATOR = 1 << 25  # what a CUDA allocator adds by rounding sizes up

@@ -33,8 +33,8 @@ from .deadline import LATE, OutOfTime, at_most_seconds
 from .gpu_report import Part, plain
 from .gpu_scale import Scale, real_scale, rehearsal_scale
 from .gpu_table import NO_CLAIM
+from .machine import gpu_name, machine
 from .output import say, write_json
-from .timing import gpu_name, machine
 
 TOTAL_SECONDS = 510  # of the nine minutes; the rest is start and end
 GRACE = 20  # seconds that a part may go on when it has begun something

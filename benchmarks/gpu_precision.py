@@ -19,11 +19,11 @@ import crpo_kernels as ck
 from crpo_kernels.products import product
 from crpo_kernels.spec import PRESETS
 
+from .accuracy import exact_result, rms
 from .baselines import Candidate, Result, fused, policy_arguments, scored, small_workspace
 from .cases import Inputs, make_inputs
 from .gpu_report import Part
 from .gpu_scale import Scale
-from .timing import exact_result, rms
 
 RIVAL, RMS_LIMIT = 1.2, 5e-5  # nats
 ROUNDING = 1e-6  # of a result of some nats to fp32, and of sums in fp32

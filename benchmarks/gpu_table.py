@@ -18,15 +18,15 @@ from crpo_kernels import plan
 from .baselines import Candidate, fused
 from .candidates import all_gradients, frozen_head, scoring
 from .cases import Case, make_inputs
-from .clock import Clock
+from .clock import Clock, summary
 from .deadline import LATE
 from .gpu_behaviour import needs_memory
 from .gpu_report import Part
 from .gpu_scale import Scale
 from .gpu_targets import gpu_targets, target_state
+from .machine import gpu_name, machine
 from .measure import measure, release
 from .output import say
-from .timing import gpu_name, machine, summary
 
 PEAKED = (0.2, 3.5)  # nats, tenth and ninetieth percentile of the inputs' entropies
 PEER_SECONDS = 90.0

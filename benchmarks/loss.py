@@ -20,9 +20,9 @@ from .candidates import all_gradients, cpu_candidates, frozen_head, scoring
 from .cases import CASES, Case
 from .clock import Clock
 from .gpu_targets import gpu_targets, target_state
+from .machine import gpu_name, machine
 from .measure import measure
 from .output import RESULTS, write_json
-from .timing import gpu_name, machine
 
 GPU_ROUNDS = 15
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .accuracy import errors, exact_result
 from .baselines import FLOORS, NAIVE, Candidate, Result
 from .cases import Case, Inputs, make_inputs
-from .clock import Clock, measure_seconds
+from .clock import Clock, measure_seconds, summary
 from .deadline import LATE, OutOfTime, at_most_seconds
+from .memory import memory_of
 from .output import say
-from .timing import errors, exact_result, memory_of, summary
 
 ERROR_ROWS, ERROR_COLUMNS = 32, 4096
 NO_MEMORY = {"extra_bytes": 0, "workspace_bytes": 0}  # bare products: their buffers exist already

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .baselines import Candidate
+from .cases import Inputs
 
 
 class LiveBytes(TorchDispatchMode):
@@ -80,3 +84,22 @@ class CudaBytes:
 def counting(device: torch.device, existing: list[Tensor]) -> LiveBytes | CudaBytes:
     """What counts on ``device``; ``existing`` tensors do not count."""
     return CudaBytes(device) if device.type == "cuda" else LiveBytes(*existing)
+
+
+def memory_of(candidate: Candidate, inputs: Inputs) -> dict[str, int]:
+    """Peak bytes beyond the inputs of one forward and backward.
+
+    ``extra_bytes`` counts everything, both gradients included; ``workspace_bytes`` is without the
+    gradients that backward returns. On a CPU no code is generated under the counter: our row passes
+    run eagerly here, with two scratch buffers of a few rows more.
+    """
+    forward: list[int] = []
+    with counting(inputs.hidden.device, inputs.tensors()) as counter:
+        watched = replace(inputs, on_backward=lambda: forward.append(counter.restart()))
+        result = candidate.step(watched)
+        last = counter.peak
+    returned = sum(
+        g.numel() * g.element_size() for g in (result.d_hidden, result.d_weight) if g is not None
+    )
+    workspace = max([*forward, last - returned])
+    return {"extra_bytes": max([*forward, last]), "workspace_bytes": workspace}

@@ -20,8 +20,8 @@ from typing import Any
 from crpo_fast.config import DEFAULT_CONFIG, load_config
 
 from . import dual
+from .machine import machine
 from .output import RESULTS, write_json
-from .timing import machine
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {

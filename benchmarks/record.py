@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from . import readme
+from .machine import machine
 from .output import RESULTS, write_json
-from .timing import machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

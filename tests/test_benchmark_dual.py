@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from benchmarks import dual, readme, timing
+from benchmarks import dual, machine, readme
 
 
 def row(seed, step, stage, ratio, coef=0.01):
@@ -110,11 +110,11 @@ def test_the_committed_plot_is_that_of_the_committed_data():
 
 
 def test_commit_of_a_folder_without_git_is_what_the_archive_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     (tmp_path / ".git_archival.txt").write_text("commit: 0123456789abcdef0123\n")
-    assert timing.commit() == "0123456789ab"
+    assert machine.commit() == "0123456789ab"
     (tmp_path / ".git_archival.txt").write_text("commit: $Format:%H$\n")
-    assert timing.commit() == "unknown"
+    assert machine.commit() == "unknown"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
@@ -134,14 +134,14 @@ def test_archive_writes_its_commit_and_a_changed_tree_is_marked(tmp_path, monkey
     git("add", "-A")
     git("commit", "-qm", "a")
     head = git("rev-parse", "HEAD").decode().strip()
-    monkeypatch.setattr(timing, "ROOT", tmp_path)
-    assert timing.commit() == head[:12]
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == head[:12]
     (tmp_path / "kernels" / "a.py").write_text("x = 2\n")
-    assert timing.commit() == f"{head[:12]} + changes"
+    assert machine.commit() == f"{head[:12]} + changes"
     snapshot = tmp_path / "snapshot"  # inside the repository: its commit is not the snapshot's
     snapshot.mkdir()
     (tmp_path / "s.tar").write_bytes(git("archive", "HEAD"))
     shutil.unpack_archive(tmp_path / "s.tar", snapshot)
     git("commit", "-qam", "b")
-    monkeypatch.setattr(timing, "ROOT", snapshot)
-    assert timing.commit() == head[:12]
+    monkeypatch.setattr(machine, "ROOT", snapshot)
+    assert machine.commit() == head[:12]

@@ -18,8 +18,7 @@ from benchmarks.clock import Clock
 from benchmarks.gpu_targets import gpu_targets, target_state
 from benchmarks.loss import targets
 from benchmarks.measure import measure
-from benchmarks.memory import LiveBytes, counting
-from benchmarks.timing import memory_of
+from benchmarks.memory import LiveBytes, counting, memory_of
 
 TINY = ["loss", "--rows", "32", "--vocab", "500", "--dim", "64", "--threads", "1"]
 

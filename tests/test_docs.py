@@ -44,7 +44,8 @@ def test_every_metric_has_its_row_and_every_row_its_metric(tmp_path: Path) -> No
 def test_the_file_map_has_every_module_and_no_other() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"`(\w+)`", text[text.index("## File map") : text.index("## Limits")])
-    folders = ("crpo_fast", "crpo_fast/report", "crpo_fast/rollout", "kernels/crpo_kernels")
+    trainer = ("crpo_fast", "crpo_fast/report", "crpo_fast/rollout")
+    folders = (*trainer, "kernels/crpo_kernels", "benchmarks")
     modules = [p.stem for folder in folders for p in (ROOT / folder).glob("[!_]*.py")]
     assert sorted(named) == sorted(modules)
 

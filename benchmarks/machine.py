@@ -1,102 +1,18 @@
-"""What is measured beside seconds (clock.py): bytes, errors against fp64, the machine."""
+"""Where and with what a run was made: processor, GPU, versions, commit."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import shutil
-import statistics
 import subprocess
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from .baselines import Candidate, Result, objective
-from .cases import Inputs
-from .memory import counting
 
 ROOT = Path(__file__).resolve().parent.parent
-SLAB = 1 << 14  # rows of the head that are fp64 at once
-
-
-def memory_of(candidate: Candidate, inputs: Inputs) -> dict[str, int]:
-    """Peak bytes beyond the inputs of one forward and backward.
-
-    ``extra_bytes`` counts everything, both gradients included; ``workspace_bytes`` is without the
-    gradients that backward returns. On a CPU no code is generated under the counter: our row passes
-    run eagerly here, with two scratch buffers of a few rows more.
-    """
-    forward: list[int] = []
-    with counting(inputs.hidden.device, inputs.tensors()) as counter:
-        watched = replace(inputs, on_backward=lambda: forward.append(counter.restart()))
-        result = candidate.step(watched)
-        last = counter.peak
-    returned = sum(
-        g.numel() * g.element_size() for g in (result.d_hidden, result.d_weight) if g is not None
-    )
-    workspace = max([*forward, last - returned])
-    return {"extra_bytes": max([*forward, last]), "workspace_bytes": workspace}
-
-
-def exact_result(inputs: Inputs, columns: Tensor, with_entropy: bool) -> Result:
-    """Everything in fp64 for a few rows; d_weight only of the vocabulary's ``columns``.
-
-    The weight becomes fp64 in slabs: memory is some fp64 [T, V], whatever D is.
-    """
-    hidden, weight = inputs.hidden.detach().double(), inputs.weight.detach()
-    raw = exact_logits(hidden, weight).requires_grad_()  # [t, V]
-    log_p = (raw / inputs.case.temperature).log_softmax(1)
-    logprobs = log_p.gather(1, inputs.labels.unsqueeze(1)).squeeze(1)
-    entropy = -(log_p.exp() * log_p).sum(1)
-    loss = objective(inputs, logprobs, entropy if with_entropy else None)
-    (d_raw,) = torch.autograd.grad(loss, raw)
-    d_hidden = torch.zeros_like(hidden)
-    for first in range(0, weight.shape[0], SLAB):
-        d_hidden.addmm_(d_raw[:, first : first + SLAB], weight[first : first + SLAB].double())
-    d_weight = d_raw[:, columns].t() @ hidden
-    return Result(loss.detach(), d_hidden, d_weight, logprobs.detach(), entropy.detach())
-
-
-def exact_logits(hidden: Tensor, weight: Tensor) -> Tensor:  # [T, V]
-    """``hidden`` ``[T, D]`` in fp64 times the head ``[V, D]`` of any dtype."""
-    raw = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    for first in range(0, weight.shape[0], SLAB):
-        raw[:, first : first + SLAB] = hidden @ weight[first : first + SLAB].double().t()
-    return raw
-
-
-def errors(candidate: Candidate, inputs: Inputs, truth: Result, columns: Tensor) -> dict:
-    """Relative rms errors against fp64 on the rows of ``inputs``; absolute ones for nats."""
-    got = candidate.step(inputs)
-    d_weight = None if got.d_weight is None else got.d_weight[columns]
-    values = {
-        "d_hidden_rel_rms": (got.d_hidden, truth.d_hidden),
-        "d_weight_rel_rms": (d_weight, truth.d_weight),
-        "logprobs_rms": (got.logprobs, truth.logprobs),
-        "entropy_rms": (got.entropy, truth.entropy),
-    }
-    return {
-        name: rms(value, true, relative="rel" in name)
-        for name, (value, true) in values.items()
-        if value is not None and true is not None
-    }
-
-
-def rms(value: Tensor, truth: Tensor, *, relative: bool) -> float:
-    """Root mean square of the difference, or that over the root mean square of ``truth``."""
-    difference = (value.double() - truth).square().mean()
-    return float((difference / truth.square().mean() if relative else difference).sqrt())
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
-
-
 RUN_FROM = ("kernels", "crpo_fast", "configs", "benchmarks/*.py")  # what decides a result
 
 
