@@ -47,13 +47,7 @@ def explain_choice(
         ValueError: what a call of these sizes would refuse, an unknown name, or a backend or mode
             that cannot run, with the reason.
     """
-    sizes = {"num_rows": num_rows, "vocab_size": vocab_size, "hidden_size": hidden_size}
-    for name, size in sizes.items():
-        if not (isinstance(size, int) and size >= 0):
-            raise ValueError(
-                f"{name}: expected a whole number of at least 0, got {size!r}. Pass the {name} of "
-                "the call."
-            )
+    _check_sizes(num_rows=num_rows, vocab_size=vocab_size, hidden_size=hidden_size)
     place = _checked_device(device)
     why_not = one_pass_reason(spec, is_on_policy)
     # shapes, dtype and device are all that the predicates read
@@ -74,9 +68,17 @@ def explain_choice(
         "torch": rows_reason(eager_reason),
         "dense": "all logits at once",
     }
-    return f"backend {choice.name} ({choice.reason}), {mode_reason(plan, reason)}", passes[
-        choice.name
-    ]
+    choices = f"backend {choice.name} ({choice.reason}), {mode_reason(plan, reason)}"
+    return choices, passes[choice.name]
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not (isinstance(size, int) and size >= 0):
+            raise ValueError(
+                f"{name}: expected a whole number of at least 0, got {size!r}. Pass the {name} of "
+                "the call."
+            )
 
 
 def _checked_device(device: str | torch.device) -> torch.device:
