@@ -94,7 +94,7 @@ def test_without_a_gpu_and_without_the_interpreter(monkeypatch):
     )
     with pytest.raises(ValueError, match=r"no GPU: .* Start python with TRITON_INTERPRET=1 set"):
         choose_backend("triton", CPU, BF16)
-    assert choose_backend("auto", CPU, BF16) == ("torch", f"triton does not run: {reason}")
+    assert choose_backend("auto", CPU, BF16) == ("torch", "triton does not run: no GPU")
 
 
 @needs_triton
@@ -161,8 +161,7 @@ def test_auto_takes_the_interpreter_only_when_the_environment_asks(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert choose_backend("triton", CPU, BF16) == ("triton", "asked for")
     choice = choose_backend("auto", CPU, BF16)
-    assert choice.name == "torch"
-    assert "for TRITON_INTERPRET=1 alone" in choice.reason
+    assert choice == ("torch", "triton does not run: no GPU")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     name, reason = choose_backend("auto", CPU, BF16)
     assert name == "triton"

@@ -89,7 +89,11 @@ def choose_backend(
         )
     if backend != "auto":
         return BackendChoice(backend, "asked for")
-    reason = unsupported_reason("triton", device, dtype) or unasked_reason(device)
+    anywhere = triton_obstacle(device, dtype, is_fake=True)  # Triton itself, and the dtype
+    if anywhere is None:
+        reason = unasked_reason(device) or unsupported_reason("triton", device, dtype)
+    else:
+        reason = anywhere.reason
     if reason is None:
         return BackendChoice("triton", describe_triton(device))
     return BackendChoice("torch", f"triton does not run: {reason}")

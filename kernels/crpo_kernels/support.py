@@ -136,7 +136,7 @@ def asks_for_interpreter() -> bool:
 def unasked_reason(device: torch.device) -> str | None:
     """Why nobody takes the kernels on this device who was not told to, or None."""
     if device.type == "cpu" and not asks_for_interpreter():
-        return f"on a CPU the kernels run in Triton's interpreter, for {INTERPRETER}=1 alone"
+        return "no GPU"
     return None
 
 
