@@ -102,6 +102,21 @@ def device() -> str:
 
 
 @pytest.fixture
+def noted_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
+    """Kernels of tensors without values are noted, and triton may be asked for on them."""
+    from crpo_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda *_, **__: None)
+    if triton_tools.why_no_triton():
+        yield []
+        return
+    from crpo_kernels.launch_triton import recording
+
+    with recording() as launches:
+        yield launches
+
+
+@pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN or the largest integer: code that reads it fails."""
     triton_tools.poison_empty(monkeypatch)

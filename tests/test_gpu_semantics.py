@@ -21,7 +21,7 @@ import crpo_kernels as ck
 from conftest import ROOT
 from crpo_kernels.plan import RING_ROWS, default_workspace
 from crpo_kernels.products import scaled
-from test_host_sync import ROWS, arguments, both_calls, noted  # noqa: F401  (a fixture)
+from meta_cases import ROWS, arguments, both_calls
 from triton_tools import why_no_triton
 
 needs_triton = pytest.mark.skipif(bool(why_no_triton()), reason=str(why_no_triton()))
@@ -45,7 +45,7 @@ class RoundedFactors(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
-def test_the_upstream_gradient_is_not_rounded_to_bf16(backend, mode, noted):  # noqa: F811
+def test_the_upstream_gradient_is_not_rounded_to_bf16(backend, mode, noted_launches):
     for workspace in (None, 60_000):  # one group, several
         given = arguments("meta", True, torch.bfloat16)
         with RoundedFactors() as factors:
@@ -77,7 +77,7 @@ def test_scaled_on_a_gpu_is_what_it_is_on_a_cpu():
 
 
 @needs_triton
-def test_numbers_of_numpy_reach_kernels_as_floats(noted):  # noqa: F811
+def test_numbers_of_numpy_reach_kernels_as_floats(noted_launches):
     """Triton's launcher refuses numpy.float32; the interpreter computes with it."""
     given = arguments("meta", True, torch.bfloat16)
     given |= {"temperature": np.float32(0.7), "logit_softcap": np.float32(30.0)}
@@ -85,10 +85,9 @@ def test_numbers_of_numpy_reach_kernels_as_floats(noted):  # noqa: F811
     tensors = [given.pop(name) for name in ("hidden", "weight", "labels")]
     given.pop("cu_seqlens")
     ck.linear_policy_loss(*tensors, **given, **scale, rows=ROWS, backend="triton")
-    numbers = [
-        x for launch in noted for x in launch.arguments.values() if isinstance(x, np.generic)
-    ]
-    assert noted
+    values = [x for launch in noted_launches for x in launch.arguments.values()]
+    numbers = [x for x in values if isinstance(x, np.generic)]
+    assert noted_launches
     assert all(isinstance(x, float) for x in numbers), numbers
 
 

@@ -16,18 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import crpo_kernels as ck
-from crpo_kernels import dispatch
 from crpo_kernels.validate import counted_rows
-from numerics import PRESETS, spec_of
+from meta_cases import ROWS, T, arguments, both_calls
+from numerics import PRESETS
 from triton_tools import why_no_triton
 
-T, V, D = 24, 40, 16
-ROWS = [i for i in range(T) if i % 4]
 BACKENDS = [
     pytest.param("triton", marks=pytest.mark.skipif(bool(why_no_triton()), reason="no triton")),
     "torch",
 ]
-HOST = torch.device("cpu")
 
 
 class HostCopies(TorchDispatchMode):
@@ -44,73 +41,25 @@ class HostCopies(TorchDispatchMode):
         return out
 
 
-def arguments(device: str, on_policy: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything a call can get, on ``device``; row 0 and every fourth are ignored."""
-    g = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, V, (T,), generator=g)
-    labels[::4] = ck.IGNORE_INDEX
-    names = ["advantages", "token_weights", "entropy_weights", "z_loss_weights", "ref_logprobs"]
-    names += ["rollout_logprobs"] + ([] if on_policy else ["old_logprobs"])
-    vectors = {name: torch.randn(T, generator=g).to(device) for name in names}
-    return {
-        "hidden": torch.randn(T, D, generator=g).to(device, dtype).requires_grad_(),
-        "weight": torch.randn(V, D, generator=g).to(device, dtype).requires_grad_(),
-        "labels": labels.to(device),
-        "bias": torch.randn(V, generator=g).to(device).requires_grad_(),
-        "temperature": torch.ones(T).to(device),
-        "logit_softcap": 30.0,
-        "cu_seqlens": torch.tensor([0, 10, 24], dtype=torch.int32).to(device),
-        **vectors,
-    }
-
-
-def both_calls(given: dict[str, Any], preset: str, **way: Any) -> None:
-    """Loss, statistics and gradients; and a loss of one's own on `linear_logprobs`."""
-    options = dict(given)
-    tensors = [options.pop(name) for name in ("hidden", "weight", "labels")]
-    way = {"rows": ROWS, **way}
-    spec = spec_of(preset, rho_mode="truncate")
-    loss, stats = ck.linear_policy_loss(*tensors, **options, spec=spec, **way)
-    stats.sums()
-    loss.backward()
-    head = {name: options[name] for name in ("bias", "temperature", "logit_softcap")}
-    way.pop("mode", None)
-    out = ck.linear_logprobs(*tensors, **head, **way)
-    (out.logprobs.sum() + out.entropy.sum() + out.lse.sum()).backward()
-
-
-@pytest.fixture
-def noted(monkeypatch):
-    """Kernels of tensors without values are noted, and triton may be asked for on them."""
-    monkeypatch.setattr(dispatch, "triton_obstacle", lambda *_, **__: None)
-    if why_no_triton():
-        yield []
-        return
-    from crpo_kernels.launch_triton import recording
-
-    with recording() as launches:
-        yield launches
-
-
 @pytest.mark.parametrize("on_policy", [True, False])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_value_is_asked_for(backend, preset, on_policy, noted):
+def test_no_value_is_asked_for(backend, preset, on_policy, noted_launches):
     given = arguments("meta", on_policy, torch.bfloat16)
     for mode in ("two_pass", "one_pass"):
         if preset == "gspo" and mode == "one_pass":  # off-policy the host must know the sequences
             given["cu_seqlens"] = given["cu_seqlens"].new_tensor([0, 10, 24], device="cpu")
         for workspace in (None, 60_000):
-            noted.clear()
+            noted_launches.clear()
             with HostCopies():
                 both_calls(given, preset, backend=backend, mode=mode, workspace_bytes=workspace)
-            assert bool(noted) == (backend == "triton")
+            assert bool(noted_launches) == (backend == "triton")
     for name in ("hidden", "weight", "bias"):
         assert given[name].grad.shape == given[name].shape
 
 
 @pytest.mark.parametrize("kind", ["list", "host", "device", "all"])
-def test_rows_in_every_form(kind, noted):
+def test_rows_in_every_form(kind, noted_launches):
     rows = {"list": ROWS, "host": torch.tensor(ROWS), "device": torch.tensor(ROWS).to("meta")}
     rows["all"] = torch.arange(T)
     given = arguments("meta", False, torch.bfloat16)
@@ -119,7 +68,7 @@ def test_rows_in_every_form(kind, noted):
         both_calls(given, "gspo", backend="torch", rows=rows[kind])
 
 
-def test_the_control_without_rows_asks(noted):
+def test_the_control_without_rows_asks(noted_launches):
     given = arguments("meta", True, torch.bfloat16)
     with pytest.raises((NotImplementedError, RuntimeError), match=r"nonzero|meta"):
         both_calls(given, "dapo", backend="torch", rows=None)
@@ -167,7 +116,7 @@ def weight_calls(device: str) -> None:
             )
 
 
-def test_weights_ask_for_no_value(noted):
+def test_weights_ask_for_no_value(noted_launches):
     with HostCopies():
         weight_calls("meta")
 
