@@ -19,13 +19,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 from crpo_kernels.support import triton_version
 
 from . import farm
 from .compile_report import TARGETS, Job, Report, row_of, table
-from .output import write_json
+from .output import new_file, positive_seconds, write_json
 
 SHIPPED = "benchmarks.shipped_calls:shipped_jobs"
 
@@ -38,9 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(TARGETS),
         help="compile for this one only; may be repeated (default: all)",
     )
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--json", type=new_file, help="also write the rows here")
     parser.add_argument("--jobs", type=positive, default=usable_cores(), help="compilers at once")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one compilation")
+    parser.add_argument(
+        "--timeout", type=positive_seconds, default=60.0, help="seconds for one compilation"
+    )
     parser.add_argument(
         "--launches", default=SHIPPED, help="module:function that lists what to compile"
     )
@@ -67,12 +68,18 @@ def listed_jobs(name: str) -> list[Job]:
     """What ``module:function`` lists.
 
     Raises:
-        ValueError: not of that form, or nothing is listed.
+        ValueError: not of that form, not there, or nothing is listed.
     """
     module, _, function = name.partition(":")
     if not (module and function):
         raise ValueError(f"--launches: expected module:function, got {name!r}. Write {SHIPPED}.")
-    jobs = getattr(importlib.import_module(module), function)()
+    try:
+        listing = getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"--launches: expected module:function, got {name!r} ({error}). Write {SHIPPED}."
+        ) from error
+    jobs = listing()
     if not jobs:
         raise ValueError(f"--launches: expected launches, got none from {name}. List some.")
     return jobs
@@ -131,7 +138,11 @@ def run(options: argparse.Namespace, command: str) -> int:
         again = [sys.executable, *sys.orig_argv[1:]]
         return subprocess.run(again, env=environment, check=False).returncode
     start = time.perf_counter()
-    jobs = listed_jobs(options.launches)
+    try:
+        jobs = listed_jobs(options.launches)
+    except ValueError as error:
+        print(f"compile-gate: {error}")
+        return 2
     pairs = distinct(jobs, options.target or list(TARGETS))
     rows = gate(pairs, options.jobs, options.timeout)
     print(table(rows))

@@ -21,7 +21,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from .gpu_report import Part, plain
 from .gpu_scale import Scale, real_scale, rehearsal_scale
 from .gpu_table import NO_CLAIM
 from .machine import gpu_name, machine
-from .output import say, write_json
+from .output import new_file, positive_seconds, say, write_json
 
 TOTAL_SECONDS = 510  # of the nine minutes; the rest is start and end
 GRACE = 20  # seconds that a part may go on when it has begun something
@@ -66,13 +65,16 @@ ENTRIES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--json", type=Path, help="result file; without it nothing is written")
+    parser.add_argument("--json", type=new_file, help="result file; without it nothing is written")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, interpreted, tiny")
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), help="parts to run")
     parser.add_argument("--sweep", action="store_true", help="also other tiles, warps and chunks")
     parser.add_argument("--gate", action="store_true", help="exit 1 when a time target is missed")
     parser.add_argument(
-        "--seconds", type=float, default=TOTAL_SECONDS, help=f"in all (default {TOTAL_SECONDS})"
+        "--seconds",
+        type=positive_seconds,
+        default=TOTAL_SECONDS,
+        help=f"in all (default {TOTAL_SECONDS})",
     )
 
 

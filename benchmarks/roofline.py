@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crpo_kernels.plan import default_workspace, make_plan, padded, product_rows
+from crpo_kernels.validate import MAX_VOCAB
 
 from .devices import DEVICES, SUSTAINED_BANDWIDTH, SUSTAINED_PRODUCTS, Device
 
@@ -279,15 +280,20 @@ def shape(text: str) -> tuple[int, int, int]:
     """T,V,D from the command line.
 
     Raises:
-        argparse.ArgumentTypeError: not three positive whole numbers.
+        argparse.ArgumentTypeError: not three positive whole numbers, or a V that no call takes.
     """
     parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(
             f"expected T,V,D (rows, vocabulary, hidden size), got {text!r}. "
             "Write --shape 8192,131072,4096."
         )
     rows, vocab, dim = map(int, parts)
+    if vocab > MAX_VOCAB:
+        raise argparse.ArgumentTypeError(
+            f"expected V of at most {MAX_VOCAB} (columns of the logits are int32), got {vocab}. "
+            "Write --shape 8192,131072,4096."
+        )
     return rows, vocab, dim
 
 
