@@ -97,7 +97,6 @@ class Room:
         item: bytes of an element of hidden.
         is_separate: dZ has a buffer of its own.
         is_gpu: tensors are not on a CPU.
-        workspace: bytes in all.
         available: bytes for logits and dZ.
         row: bytes of a row of both.
         ring_rows: rows of logits that a chunk has at most, unless a sequence is longer.
@@ -112,7 +111,6 @@ class Room:
     item: int
     is_separate: bool
     is_gpu: bool
-    workspace: int
     available: int
     row: RowBytes
     ring_rows: int
@@ -169,7 +167,7 @@ def make_room(
         row = RowBytes(0, vocab_size * item + 2 * dim * item)
         ring_rows = max(most_kept, 4 * RING_ROWS // item)
     return Room(
-        num_rows, vocab_size, dim, item, has_buffer, is_for_gpu(hidden, backend), workspace,
+        num_rows, vocab_size, dim, item, has_buffer, is_for_gpu(hidden, backend),
         available, row, ring_rows, most_kept, block_rows, slab_rows,
     )  # fmt: skip
 
