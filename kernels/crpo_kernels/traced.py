@@ -7,7 +7,8 @@ graph needs shapes that do not depend on the labels, hence three differences:
     call keeps the factor dZ (counted rows x V, in the dtype of hidden) while that is smaller; until
     forward ends both exist
     the two passes of gspo both run in forward
-    `linear_logprobs` keeps no logits: backward makes them again
+    `linear_logprobs` keeps no logits and no exponentials: backward makes the logits again, by which
+    its gradients are those of an eager call up to the rounding of exponentials that one may keep
 
 What is traced here reads no values. Arguments are checked when the operator runs, where a mistake
 is the ValueError of an eager call.
