@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 
-from crpo_kernels.support import triton_version
+from crpo_kernels.support import MIN_TRITON, release, triton_version
 
 from . import farm
 from .compile_report import TARGETS, Job, Report, row_of, table
@@ -64,6 +64,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
+def parents(module: str) -> list[str]:
+    """``a.b.c`` and the packages that it is in."""
+    names = module.split(".")
+    return [".".join(names[: count + 1]) for count in range(len(names))]
+
+
 def listed_jobs(name: str) -> list[Job]:
     """What ``module:function`` lists.
 
@@ -76,6 +82,9 @@ def listed_jobs(name: str) -> list[Job]:
     try:
         listing = getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
+        is_inside = isinstance(error, ModuleNotFoundError) and error.name not in parents(module)
+        if is_inside:  # it is there, and imports something that is not
+            raise
         raise ValueError(
             f"--launches: expected module:function, got {name!r} ({error}). Write {SHIPPED}."
         ) from error
@@ -129,8 +138,12 @@ def gate(pairs: list[tuple[Job, str]], num_workers: int, timeout: float) -> list
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Compile, print the table; 1 when something failed, 2 where nothing can be compiled."""
-    if triton_version() is None:
-        print("triton: expected on Linux, got none. Type pip install 'triton>=3.6'.")
+    installed = triton_version()
+    if installed is None or release(installed) < MIN_TRITON:
+        print(
+            f"triton: expected 3.6 or newer, got {installed or 'none'}. "
+            "Type pip install 'triton>=3.6'."
+        )
         return 2
     if os.environ.get("TRITON_INTERPRET"):  # kernels imported under it cannot be compiled
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compile_gate
 from benchmarks.__main__ import main
 
 MISTAKES = {
@@ -48,3 +49,25 @@ def test_launches_that_are_not_there_are_named(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["compile-gate", "--launches", name]) == 2
     assert f"--launches: expected module:function, got '{name}'" in capsys.readouterr().out
+
+
+def test_launches_that_import_what_is_not_there_are_no_mistake_of_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lists_launches.py").write_text("import no_such_dependency\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        compile_gate.listed_jobs("lists_launches:f")
+
+
+@pytest.mark.parametrize(("version", "said"), [(None, "none"), ("3.2.0", "3.2.0")])
+def test_the_compile_gate_needs_triton(
+    version: str | None,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compile_gate, "triton_version", lambda: version)
+    assert main(["compile-gate"]) == 2
+    expected = f"triton: expected 3.6 or newer, got {said}. Type pip install 'triton>=3.6'."
+    assert expected in capsys.readouterr().out
