@@ -122,6 +122,11 @@ def build_prompt(
     return PromptIds(kept, len(ids) - len(kept))
 
 
+def fixed_length(row: Row, tokenizer: Any, *, system: str, prefill: str) -> int:
+    """Tokens of a row's prompt that no shortening can spare: all but its post."""
+    return len(_encoder(row, tokenizer, system, prefill)(""))
+
+
 def _longest_prefix(
     text: str, encode: Callable[[str], list[int]], max_length: int, fixed: list[int]
 ) -> list[int]:

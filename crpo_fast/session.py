@@ -21,7 +21,15 @@ from crpo_fast.reward_pool import Scorer
 from crpo_fast.rollout import Engine
 from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.static import StaticEngine
-from crpo_fast.task import Rows, Task, build_grammar, build_task, check_written, load_rows
+from crpo_fast.task import (
+    Rows,
+    Task,
+    build_grammar,
+    build_task,
+    check_prompts,
+    check_written,
+    load_rows,
+)
 from crpo_kernels import explain_choice, unsupported_reason
 
 ENGINES = {"hf": HFEngine, "static": StaticEngine}
@@ -149,6 +157,7 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
     )
     check_workspace(config, model, world.device)
     task = build_task(config, rows, tokenizer, scorer)
+    check_prompts(task)
     check_written(task, config.train.token_budget)
     return Session(
         config=config,

@@ -17,7 +17,7 @@ from crpo_fast.checkpoint_files import whole_folder
 from crpo_fast.config import Config, ConfigError
 from crpo_fast.distributed import num_cores
 from crpo_fast.packing import Sequence
-from crpo_fast.prompts import build_prompt, encode_completion
+from crpo_fast.prompts import build_prompt, encode_completion, fixed_length
 from crpo_fast.reward_pool import InProcessRewards, RewardPool, Scorer
 from crpo_fast.scoring import classify
 from crpo_fast.stages import Stage, StageGrammar
@@ -235,6 +235,27 @@ def build_task(config: Config, rows: Rows, tokenizer: Any, scorer: Scorer | None
         balance=settings.balance,
         max_failed=settings.max_error_rate * rollout.prompts_per_step * rollout.group_size,
     )
+
+
+def check_prompts(task: Task) -> None:
+    """Every prompt keeps room for its post.
+
+    Raises:
+        ConfigError: one has none; it names the longest.
+    """
+    rows = (*task.rows.train, *task.rows.test, *task.rows.cold_start)
+    fixed = [
+        (fixed_length(row, task.tokenizer, system=task.system, prefill=task.grammar.prefill), row)
+        for row in {(row.dataset_id, row.instruction): row for row in rows}.values()
+    ]
+    longest, row = max(fixed, key=lambda pair: pair[0])
+    if longest > task.max_prompt_tokens:
+        raise ConfigError(
+            f"data.max_prompt_tokens: expected at least {longest} (system prompt, instruction and "
+            f"prefill alone, data set {row.dataset_id!r}), got {task.max_prompt_tokens}. Type "
+            f"--data.max_prompt_tokens {longest + 128}, or shorten the system prompt or the "
+            "instruction; only the post is ever shortened."
+        )
 
 
 def check_written(task: Task, token_budget: int) -> None:

@@ -196,6 +196,13 @@ def test_entropy_alarm_saves_and_stops_with_advice(
         (["--data.format", "official", "--data.root", "no/such/root"], "no/such/root"),
         (["--grammar.preset", "mental_r2"], "mental_r1"),
         (["--rewards.functions", "crpo_fast.rewards:nothing"], "nothing"),
+        (
+            ["--data.max_prompt_tokens", "24"],
+            (
+                "data.max_prompt_tokens: expected at least 25 (system prompt, instruction and "
+                "prefill alone, data set 'LID'), got 24. Type --data.max_prompt_tokens 153"
+            ),
+        ),
     ],
 )
 def test_refusals(
