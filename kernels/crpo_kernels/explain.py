@@ -81,15 +81,6 @@ def _check_sizes(**sizes: int) -> None:
             )
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not (isinstance(size, int) and size >= 0):
-            raise ValueError(
-                f"{name}: expected a whole number of at least 0, got {size!r}. Pass the {name} of "
-                "the call."
-            )
-
-
 def _checked_device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
