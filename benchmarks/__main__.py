@@ -1,4 +1,4 @@
-"""Measurements of crpo-fast: `python -m benchmarks <command>`.
+"""Measurements of crpo-fast: `python -m benchmarks <command>`; options alone mean `all`.
 
 Each command is the module of its name (dashes as underscores) with two functions: `add_arguments`
 and `run(options, command) -> exit status`. Only the chosen one is imported.
@@ -12,9 +12,11 @@ import shlex
 import sys
 
 COMMANDS = {
+    "all": "loss, score, memory, growth, rollout and step for one device in ten minutes",
     "compile-gate": "compile every Triton kernel for GPUs that are not here; 1 when one fails",
     "gpu-gate": "correctness, memory and the targets' table on one GPU; --rehearse on a CPU",
     "loss": "the fused loss beside its floor and its peers",
+    "plot": "draw .md, .svg and .csv of result files again",
     "quickstart": "the main job over seeds beside its rivals",
     "record": "keep the result of a finished run",
     "roofline": "the cost model: operations, bytes and floor of each step",
@@ -25,6 +27,8 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
+        arguments = ["all", *arguments]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}

@@ -58,6 +58,23 @@ def gpu_name(where: dict[str, Any]) -> str:
     return where.get("gpu", {}).get("name", "")
 
 
+def place(machine: dict) -> str:
+    """Device and versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    software = f"Python {machine['python']}, {versions}."
+    if "gpu" not in machine:
+        return (
+            f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB; "
+            f"{software}"
+        )
+    gpu = machine["gpu"]
+    toolkit = f"ROCm {gpu['hip']}" if gpu.get("hip") else f"CUDA {gpu['cuda']}"
+    return (
+        f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, {toolkit}, "
+        f"clocks and power {gpu['clocks_and_power']}; {software}"
+    )
+
+
 def nvidia_smi(device: torch.device, query: str) -> str:
     """What nvidia-smi answers about ``device``, or why it does not."""
     if shutil.which("nvidia-smi") is None:

@@ -1,8 +1,129 @@
-"""The result of a run as a Markdown table and as horizontal bars in SVG, without a dependency."""
+"""Draw result files again: `python -m benchmarks plot [file.json ...]`, by default all committed.
+
+Beside each JSON file: the Markdown page, the picture(s) in SVG, the numbers as CSV. What draws a
+report is the module of its kind, with `page(report)`, `svg(report)` and `csv_rows(report)`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import csv
+import importlib
+import json
 from html import escape
+from pathlib import Path
+from typing import Any
+
+from .gpu_report import plain
+from .machine import place as place
+from .output import RESULTS, write_json
+
+DRAWERS = {  # kind of a report -> the module that draws it
+    "loss": "loss_plot",
+    "score": "loss_plot",
+    "growth": "growth_plot",
+    "memory": "growth_plot",
+    "step": "step_plot",
+    "rollout": "rollout_plot",
+    "gpu-gate": "gpu_gate",
+}
+
+
+class NoDrawing(ValueError):
+    """A file that cannot be drawn; the text says why and what to type."""
+
+
+def write(report: dict[str, Any], stem: Path) -> list[Path]:
+    """The report as JSON and what is drawn of it: `<stem>.json`, .md, .svg, .csv."""
+    report = plain(report)
+    file = stem.with_suffix(".json")
+    write_json(file, report)
+    return [file, *draw(report, stem)]
+
+
+def draw(report: dict[str, Any], stem: Path) -> list[Path]:
+    """All but the JSON; a picture of further shapes only where there are some."""
+    module = drawer(report)
+    shapes = stem.with_name(f"{stem.name}_shapes.svg")
+    pictures = {stem.with_suffix(".svg"): module.svg(report)}
+    pictures[shapes] = module.svg_of_shapes(report) if hasattr(module, "svg_of_shapes") else None
+    texts = {stem.with_suffix(".md"): module.page(report), **pictures}
+    for path, text in texts.items():
+        if text:
+            path.write_text(text, encoding="utf-8")
+        elif path == shapes:
+            path.unlink(missing_ok=True)  # of an earlier run with more shapes
+    table = stem.with_suffix(".csv")
+    write_csv(table, module.csv_rows(report))
+    return [*(path for path, text in texts.items() if text), table]
+
+
+def drawer(report: dict[str, Any]) -> Any:
+    """The module that draws a report.
+
+    Raises:
+        NoDrawing: no module draws this kind.
+    """
+    kind = report.get("kind")
+    if kind not in DRAWERS:
+        known = ", ".join(DRAWERS)
+        raise NoDrawing(f"expected a report with a kind among {known}, got {kind!r}")
+    return importlib.import_module(f".{DRAWERS[kind]}", __package__)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows under the names that any of them has; an absent value is empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def committed() -> list[Path]:
+    """The result files that can be drawn."""
+    files = sorted(RESULTS.glob("*.json"))
+    return [f for f in files if json.loads(f.read_text("utf-8")).get("kind") in DRAWERS]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("files", nargs="*", type=Path, metavar="file.json", help="result files")
+    parser.add_argument("--out", type=Path, help="folder of what is drawn (default: the file's)")
+
+
+def run(options: argparse.Namespace, command: str) -> int:  # noqa: ARG001
+    """Draw each file; 2 when one cannot be drawn."""
+    status = 0
+    for file in options.files or committed():
+        try:
+            report = read(file)
+            folder = options.out or file.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            print("written:", *draw(report, folder / file.stem))
+        except NoDrawing as reason:
+            print(
+                f"plot: {file}: {reason}. Type python -m benchmarks plot <a .json that a "
+                "measurement wrote>."
+            )
+            status = 2
+    return status
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A report.
+
+    Raises:
+        NoDrawing: it cannot be read, or is none.
+    """
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise NoDrawing(f"expected a result file, got {reason}") from reason
+    if not isinstance(report, dict):
+        raise NoDrawing(f"expected an object, got {type(report).__name__}")
+    return report
+
 
 BAR, GAP, LABEL, WIDTH = 22, 10, 280, 860
 OURS, OTHERS, FLOOR = "#0072b2", "#d55e00", "#7f7f7f"
@@ -65,23 +186,6 @@ def _ratio(value: float | None) -> str:
 
 def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
-
-
-def place(machine: dict) -> str:
-    """Device and versions."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    software = f"Python {machine['python']}, {versions}."
-    if "gpu" not in machine:
-        return (
-            f"{machine['cpu']}, {machine['threads']} threads, {machine['memory_gib']} GiB; "
-            f"{software}"
-        )
-    gpu = machine["gpu"]
-    toolkit = f"ROCm {gpu['hip']}" if gpu.get("hip") else f"CUDA {gpu['cuda']}"
-    return (
-        f"{gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}, {toolkit}, "
-        f"clocks and power {gpu['clocks_and_power']}; {software}"
-    )
 
 
 def method(report: dict) -> str:
