@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .compile_report import Job, Report, Target
 
@@ -70,6 +71,13 @@ class Pointer:
         return self.num_bytes
 
 
+def stand_in(value: Any) -> Any:
+    """An argument as Triton's launcher specialises it, without memory behind it."""
+    if isinstance(value, TensorDescriptor):
+        return replace(value, base=Pointer.of(value.base))
+    return Pointer.of(value) if torch.is_tensor(value) else value
+
+
 def specialise(job: Job, target: Target) -> tuple[ASTSource, dict[str, Any]]:
     """The source with types, constants and hints, and the options, of a launch on ``target``.
 
@@ -84,7 +92,7 @@ def specialise(job: Job, target: Target) -> tuple[ASTSource, dict[str, Any]]:
     backend = make_backend(GPUTarget(target.backend, target.arch, target.warp_size))
     bind = create_function_from_signature(job.kernel.signature, job.kernel.params, backend)
     options = {"debug": False, **job.meta}
-    arguments = {k: Pointer.of(v) if torch.is_tensor(v) else v for k, v in job.arguments.items()}
+    arguments = {name: stand_in(value) for name, value in job.arguments.items()}
     bound, specialization, given = bind(**arguments, **options)
     parsed, signature, constants, attrs = job.kernel._pack_args(
         backend, options, bound, specialization, given

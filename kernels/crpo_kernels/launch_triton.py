@@ -53,6 +53,11 @@ def recording() -> Iterator[list[Launch]]:
         _records.remove(records)
 
 
+def is_recording() -> bool:
+    """Whether launches are noted instead of run."""
+    return bool(_records)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **meta: int) -> None:
     """Run ``kernel`` over ``grid`` on the device of its tensors; an empty grid runs nothing."""
     if 0 in grid:

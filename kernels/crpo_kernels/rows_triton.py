@@ -71,6 +71,37 @@ def _add_tile(z, mask, m, s, t):
     return tl.where(is_up, z, m), s, t
 
 
+@triton.jit
+def put_stats(
+    label, label_logit, maximum, row_sum, weighted_sum, inner, table_ptr, stride_table, mask
+):  # fmt: skip
+    """Write the statistics of a row, or of a block of rows, from its sums.
+
+    ``label_logit`` is NaN where the label is neither in the vocabulary nor -1; ``table_ptr`` are
+    the rows in the first column, ``mask`` those that exist, None: all.
+    """
+    log_sum = tl.log(row_sum)
+    mean_shift = weighted_sum / row_sum
+    shift = tl.where(label == -1, -1e30, label_logit - maximum)  # -1: another shard has the label
+    # A fused multiply-add may round the label's own logit another way, by half a unit in the last
+    # place (a tanh by two): it is never above the maximum, and the top it stays. Its logprob is as
+    # computed: another logit may be as near below as 2^-24 = 5.96e-8 of the maximum.
+    rounding = 5.9e-8 if inner is None else 2.4e-7
+    is_top1 = shift >= -rounding * tl.abs(maximum)
+    shift = tl.where(shift > 0.0, 0.0, shift)
+    logprob = shift - log_sum
+    entropy = log_sum - mean_shift
+    lse = maximum + log_sum
+    tl.store(table_ptr + _LOGPROBS * stride_table, logprob, mask)
+    tl.store(table_ptr + _ENTROPY * stride_table, entropy, mask)
+    tl.store(table_ptr + _LSE * stride_table, lse, mask)
+    tl.store(table_ptr + _IS_TOP1 * stride_table, is_top1.to(tl.float32), mask)
+    tl.store(table_ptr + _MAXIMUM * stride_table, maximum, mask)
+    tl.store(table_ptr + _LOG_SUM * stride_table, log_sum, mask)
+    tl.store(table_ptr + _MEAN_SHIFT * stride_table, mean_shift, mask)
+    return logprob, entropy, lse
+
+
 # the table's stride is the number of rows, another in every call
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=_UNALIGNED)
 def row_stats_kernel(
@@ -125,9 +156,7 @@ def row_stats_kernel(
     d = m - maximum
     w = tl.exp(d)
     row_sum = tl.sum(s * w, 0)
-    mean_shift = tl.sum(w * (t + d * s), 0) / row_sum
-    log_sum = tl.log(row_sum)
-
+    weighted_sum = tl.sum(w * (t + d * s), 0)
     label = tl.load(labels_ptr + row)
     is_inside = (label >= 0) & (label < vocab_size)
     label_raw = tl.load(raw_ptr + label, mask=is_inside, other=float("nan"))
@@ -135,23 +164,9 @@ def row_stats_kernel(
     if bias_ptr is not None:
         label_bias = tl.load(bias_ptr + label, mask=is_inside, other=0.0)
     label_logit = logits_of(label_raw, label_bias, inner, outer)
-    shift = tl.where(label == -1, -1e30, label_logit - maximum)  # -1: another shard has the label
-    # A fused multiply-add may round the label's own logit another way, by half a unit in the last
-    # place (a tanh by two): it is never above the maximum, and the top it stays. Its logprob is as
-    # computed: another logit may be as near below as 2^-24 = 5.96e-8 of the maximum.
-    rounding = 5.9e-8 if inner is None else 2.4e-7
-    is_top1 = shift >= -rounding * tl.abs(maximum)
-    shift = tl.where(shift > 0.0, 0.0, shift)
-    logprob = shift - log_sum
-    entropy = log_sum - mean_shift
-    lse = maximum + log_sum
-    tl.store(table_ptr + _LOGPROBS * stride_table, logprob)
-    tl.store(table_ptr + _ENTROPY * stride_table, entropy)
-    tl.store(table_ptr + _LSE * stride_table, lse)
-    tl.store(table_ptr + _IS_TOP1 * stride_table, is_top1.to(tl.float32))
-    tl.store(table_ptr + _MAXIMUM * stride_table, maximum)
-    tl.store(table_ptr + _LOG_SUM * stride_table, log_sum)
-    tl.store(table_ptr + _MEAN_SHIFT * stride_table, mean_shift)
+    logprob, entropy, lse = put_stats(
+        label, label_logit, maximum, row_sum, weighted_sum, inner, table_ptr, stride_table, None
+    )
     if POLICY is not None:
         put_objective(
             row, logprob, entropy, lse, table_ptr, stride_table,

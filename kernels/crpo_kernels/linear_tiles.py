@@ -1,0 +1,180 @@
+"""Sizes of the fused scoring kernel: tiles of each GPU, splits of the vocabulary, order of work.
+
+A program's work is a tile of rows against a range of tiles of the vocabulary (a split). Items are
+numbered group by group, in a group split by split, in a split row tile by row tile, and program p
+of P takes items p, p + P, ...: at any time the programs share the hidden states of one group, which
+stay in the L2 cache, and each tile of the weight is read by all row tiles of the group at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .host import is_fake
+
+HIDDEN_CACHE_BYTES = 1 << 24  # of the hidden states of a group: a third of an H100's L2 cache
+PLANNED_UNITS = 132  # multiprocessors where no device is asked: those of an H100
+INTERPRETED_UNITS = 3  # in the interpreter: several items a program
+FLUSH_TILES = 0.25  # writing a split's sums takes about as long as this share of a tile (assumed)
+TMA_BYTES = 16  # what the hardware's descriptors want bases and pitches to be multiples of
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program works.
+
+    Attributes:
+        block_t: rows.
+        block_v: columns of the vocabulary whose products exist at once, in registers.
+        block_d: of the hidden size, a step of the product.
+        num_warps: of a program.
+        num_stages: steps of the product that are under way.
+        programs: that share one multiprocessor: one's statistics run beside the other's product.
+        uses_tma: operands come through tensor descriptors (TMA), not pointers.
+    """
+
+    block_t: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    programs: int = 1
+    uses_tma: bool = False
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one kind of GPU: for many rows, for at most 64, and of fp8 operands."""
+
+    many: Tile
+    few: Tile
+    fp8: Tile | None
+
+
+TILES: dict[str, Tiles] = {
+    # 148 KB of 227 shared; two consumer warp groups of 64 x 256 fp32 products: 128 registers each
+    "sm_90": Tiles(
+        Tile(128, 256, 64, 8, 3, uses_tma=True),
+        Tile(64, 256, 64, 4, 4, uses_tma=True),
+        Tile(128, 128, 128, 8, 4, uses_tma=True),
+    ),
+    # products live in tensor memory, registers are free for the statistics
+    "sm_100": Tiles(
+        Tile(128, 256, 64, 8, 3, uses_tma=True),
+        Tile(64, 256, 64, 4, 4, uses_tma=True),
+        Tile(128, 128, 128, 8, 4, uses_tma=True),
+    ),
+    # an A100 has 163 KB, what came after it in this family (8.6, 8.9, 12.0) 99: 72 fit both
+    "sm_80": Tiles(Tile(128, 256, 32, 8, 3), Tile(64, 128, 64, 4, 3), None),
+    # 64 KB of shared memory: one step of 48 KB, the next one waits in registers
+    "gfx942": Tiles(Tile(128, 256, 64, 8, 2), Tile(64, 128, 64, 4, 2), None),
+    # small: several tiles of everything at sizes that the interpreter can do
+    "interpreter": Tiles(
+        Tile(16, 32, 16, 4, 1, uses_tma=True),
+        Tile(16, 32, 16, 4, 1, uses_tma=True),
+        Tile(16, 32, 16, 4, 1, uses_tma=True),
+    ),
+}
+
+
+def target_of(device: torch.device) -> str:
+    """The row of TILES for a device; a CPU stands for the interpreter."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def descriptor_obstacle(matrix: Tensor) -> str | None:
+    """Why a matrix ``[n, D]`` cannot be read through a tensor descriptor, or None."""
+    pitch = matrix.stride(0) * matrix.element_size()
+    if matrix.stride(1) != 1:
+        return f"its rows are not contiguous (stride {matrix.stride(1)})"
+    if pitch % TMA_BYTES or not pitch:
+        return f"its rows are {pitch} bytes apart, not a multiple of {TMA_BYTES}"
+    address = matrix.storage_offset() * matrix.element_size()
+    if not (is_fake(matrix) or matrix.is_meta):
+        address = matrix.data_ptr()
+    if address % TMA_BYTES:
+        return f"it begins {address % TMA_BYTES} bytes behind a multiple of {TMA_BYTES}"
+    return None
+
+
+def choose_tile(hidden: Tensor, weight: Tensor, target: str | None = None) -> Tile:
+    """The tile for ``hidden`` ``[n, D]`` and ``weight`` ``[V, D]``; pointers where TMA cannot read.
+
+    Raises:
+        ValueError: this kind of GPU has no tile for 8-bit operands.
+    """
+    target = target or target_of(hidden.device)
+    tiles = TILES[target]
+    tile = tiles.few if hidden.shape[0] <= tiles.few.block_t else tiles.many
+    if hidden.element_size() == 1:
+        if tiles.fp8 is None:
+            raise ValueError(
+                f"hidden: expected bf16, fp16 or fp32 on {target}, which has no e4m3 products, got "
+                f"{hidden.dtype}. Leave head_dtype out."
+            )
+        tile = tiles.fp8
+    obstacles = (descriptor_obstacle(matrix) for matrix in (hidden, weight))
+    return replace(tile, uses_tma=False) if tile.uses_tma and any(obstacles) else tile
+
+
+def num_units(device: torch.device, *, is_planned: bool) -> int:
+    """Multiprocessors of a device."""
+    if is_planned:
+        return PLANNED_UNITS
+    if device.type != "cuda":
+        return INTERPRETED_UNITS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Order:
+    """How the work of one call is dealt out.
+
+    Attributes:
+        num_programs: that run at once, each over several items.
+        num_splits: parts of the vocabulary; each leaves its sums of every row.
+        group_tiles: row tiles whose hidden states stay in the cache together.
+    """
+
+    num_programs: int
+    num_splits: int
+    group_tiles: int
+
+
+def choose_order(
+    shape: tuple[int, int, int],  # n, V, D
+    item: int,  # bytes of an element of hidden
+    tile: Tile,
+    units: int,
+    num_splits: int | None = None,
+) -> Order:
+    """The order of the work; None: as many splits as fill the device in the fewest rounds.
+
+    Raises:
+        ValueError: ``num_splits`` is not positive.
+    """
+    num_rows, vocab_size, dim = shape
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits: expected 1 or more, got {num_splits}. Pass None.")
+    row_tiles, vocab_tiles = -(-num_rows // tile.block_t), -(-vocab_size // tile.block_v)
+    programs = units * tile.programs
+    group = max(1, min(row_tiles, HIDDEN_CACHE_BYTES // max(1, tile.block_t * dim * item)))
+    if num_splits is None:
+        least = min(vocab_tiles, -(-programs // group))
+
+        def seconds(splits: int) -> float:
+            """Rounds of all programs times the vocabulary tiles of an item."""
+            rounds = -(-row_tiles * splits // programs)
+            return rounds * (-(-vocab_tiles // splits) + FLUSH_TILES)
+
+        num_splits = min(range(least, min(vocab_tiles, 4 * least) + 1), key=seconds)
+    num_splits = min(num_splits, vocab_tiles)
+    return Order(min(programs, row_tiles * num_splits), num_splits, group)
