@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 MACHINE = {
@@ -53,7 +54,7 @@ def measured(key: str, title: str, kind: str, median: float, **changed: Any) -> 
         "tflops": 1.0 / median,
         "peak_bytes": int(median * 2**28),
         "extra_bytes": int(median * 2**29),
-        "errors": ERRORS,
+        "errors": deepcopy(ERRORS),
         "lacks": {},
         "has_entropy_gradient": True,
         "wrong": "",
