@@ -19,9 +19,9 @@ COMMANDS = {
     "plot": "draw .md, .svg and .csv of result files again",
     "quickstart": "the main job over seeds beside its rivals",
     "record": "keep the result of a finished run",
-    "step": "the training phase of one optimizer step, ours and TRL's",
     "roofline": "the cost model: operations, bytes and floor of each step",
     "readme": "write the numbers of the result files into README.md",
+    "step": "the training phase of one optimizer step, ours and TRL's",
 }
 
 

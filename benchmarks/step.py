@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from . import step_plot
+from . import plot, step_plot
 from .deadline import LATE
 from .machine import gpu_name, machine
-from .output import RESULTS, say, write_json
+from .output import RESULTS, say
 from .step_case import (
     MODELS,
     StepCase,
@@ -94,13 +94,9 @@ def run(options: argparse.Namespace, command: str) -> int:
         print(problem)
         return 2
     report = {"command": command, **measure_step(options, None)}
-    stem = options.out / f"step_{options.device}"
-    write_json(stem.with_suffix(".json"), report)
-    stem.with_suffix(".md").write_text(step_plot.page(report), "utf-8")
-    stem.with_suffix(".svg").write_text(step_plot.svg(report), "utf-8")
-    stem.with_suffix(".csv").write_text(step_plot.csv_text(report), "utf-8")
+    files = plot.write(report, options.out / f"step_{options.device}")
     print(step_plot.page(report))
-    print(f"written: {stem}.json, .md, .svg, .csv")
+    print("written:", *files)
     missed = [target["text"] for target in report["targets"] if target["met"] is False]
     return 1 if options.gate and missed else 0
 

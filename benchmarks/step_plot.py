@@ -1,13 +1,12 @@
-"""A report of kind "step" as Markdown, as stacked bars in SVG, and as rows of CSV."""
+"""A report of kind "step" as Markdown, as stacked bars in SVG and as rows of CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
 from html import escape
 from typing import Any
 
-from .plot import STYLE, place
+from .bars import STYLE
+from .machine import place
 from .step_parts import PARTS
 
 COLOURS = {
@@ -23,10 +22,6 @@ COLOURS = {
     "loop": "#555555",
 }
 MET = {True: "yes", False: "**no**", None: "no claim"}
-COLUMNS = (
-    *("trainer", "version", "part", "median_s", "low_s", "high_s", "share"),
-    *("tokens_per_second", "mfu", "peak_bytes", "over_bytes", "overhead", "missing"),
-)
 BAR, WIDTH, LEFT = 34, 860, 40
 
 
@@ -229,12 +224,3 @@ def csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             record = {**head, "part": name, **times, "share": part["median"] / whole}
             found.append(record | (step if name == "step" else {}))
     return found
-
-
-def csv_text(report: dict[str, Any]) -> str:
-    """The rows as a file."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(csv_rows(report))
-    return file.getvalue()

@@ -12,7 +12,6 @@ allocator settings or patches meet another's. Requests, one word each:
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crpo_fast import distributed
 from crpo_fast.live_bytes import LiveBytes, storage_bytes
 
 from .step_case import StepCase
@@ -137,8 +137,7 @@ def serve(connection: Connection, key: str, case: StepCase) -> None:
             traceback.print_exc()
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             connection.send({"failed": f"{type(error).__name__}: {reason}"})
-    sys.stderr.flush()
-    os._exit(0)  # nothing is left to save; a process group would be waited for
+    distributed.shutdown(together=False)
 
 
 def build(connection: Connection, key: str, case: StepCase) -> tuple[Any, Steps]:
