@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,35 +48,44 @@ class Candidate:
         key: short name in the JSON.
         title: name in the table.
         step: forward and backward once.
+        kind: "floor", "ours", "plain" or "peer".
         has_entropy_gradient: whether the entropy term is part of what it computes.
-        rounds: timed repetitions on a CPU; slow ones get fewer.
+        rounds: timed repetitions at most; None: as many as the others.
         num_products: bare products over the head that it cannot do without: its floor.
         has_errors: its errors are measured; not where that would generate code of its own.
         needs: distribution that must be installed, or None.
         note: what a reader must know.
         obstacle: why it is not run in this run, or "".
+        lacks: what it cannot do (column of the table, e.g. "entropy"), and why.
+        coarseness: times the limits of its errors: 16 for an fp8 head, whose numbers have 3 bits
+            behind the point where bf16 has 7.
+        may_refuse: an error of ours is the reason of an empty row, not a bug: its mode is forced.
     """
 
     key: str
     title: str
     step: Callable[[Inputs], Result]
+    kind: str = "peer"
     has_entropy_gradient: bool = True
-    rounds: int = 3
+    rounds: int | None = None
     num_products: int = 3
     has_errors: bool = True
     needs: str | None = None
     note: str = ""
     obstacle: str = ""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    coarseness: float = 1.0
+    may_refuse: bool = False
 
     @property
     def is_ours(self) -> bool:
         """Whether it is crpo_kernels."""
-        return self.title.startswith("crpo_kernels")
+        return self.kind == "ours"
 
     @property
     def is_floor(self) -> bool:
         """Whether it is bare products itself."""
-        return isinstance(self.step, BareProducts)
+        return self.kind == "floor"
 
     def inputs_of(self, inputs: Inputs) -> Inputs:
         """The inputs as it takes them: fewer than three products leave the head frozen."""
@@ -187,8 +196,8 @@ def small_workspace(inputs: Inputs) -> int:
     return max(inputs.labels.numel(), FEWEST_ROWS) * inputs.weight.shape[0]
 
 
-def scored(backend: str = "auto") -> Callable[[Inputs], Result]:
-    """Our log-probabilities and entropies without gradients."""
+def scored(backend: str = "auto", **options: Any) -> Callable[[Inputs], Result]:
+    """Our log-probabilities and entropies without gradients; ``options`` of `linear_logprobs`."""
 
     def step(inputs: Inputs) -> Result:
         with torch.no_grad():
@@ -198,6 +207,7 @@ def scored(backend: str = "auto") -> Callable[[Inputs], Result]:
                 inputs.labels,
                 temperature=inputs.case.temperature,
                 backend=backend,
+                **options,
             )
         return Result(logprobs=out.logprobs, entropy=out.entropy)
 

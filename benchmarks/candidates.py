@@ -1,6 +1,15 @@
-"""Who runs on which device: the lists of candidates."""
+"""Who runs on which device: the lists of candidates.
+
+The order is that of a round, and of what time is kept for when it is short: the floor, ours in its
+usual mode and plain torch, then the peers, then our other modes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 
 from .baselines import (
     FLOORS,
@@ -13,10 +22,40 @@ from .baselines import (
     scored,
     small_workspace,
 )
+from .cases import Case
+from .measure import generates_code
 from .peers import Compiled, liger_chunked, liger_scaled, trl_chunked
 
 PRODUCTS = {1: "one bare product", 2: "two bare products", 3: "three bare products"}
 PLAIN_NOTE = "fp32 logits of all tokens, autograd"
+EAGER = "the same as one pass at this size, whose row passes are not compiled here"
+
+
+def loss_candidates(case: Case, device: torch.device, backends: Sequence[str]) -> list[Candidate]:
+    """With both gradients; on a GPU also with a frozen head."""
+    first, *others = backends
+    if device.type != "cuda":
+        made = cpu_candidates(first)
+        is_eager = "" if generates_code(case, device) else EAGER
+        made = [replace(c, obstacle=is_eager) if c.key == "one_pass_eager" else c for c in made]
+    else:
+        has_fp32_out = case.dtype != torch.float32
+        made = all_gradients(first, has_fp32_out=has_fp32_out)
+        made += frozen_head(first, has_fp32_out=has_fp32_out)
+    return made + [c for other in others for c in named_after(other, fused_candidates(other))]
+
+
+def score_candidates(case: Case, device: torch.device, backends: Sequence[str]) -> list[Candidate]:
+    """Log-probabilities and entropies without gradients."""
+    first, *others = backends
+    has_fp32_out = device.type == "cuda" and case.dtype != torch.float32
+    made = scoring(first, has_fp32_out=has_fp32_out)
+    return made + [c for other in others for c in named_after(other, our_scoring(other))]
+
+
+def named_after(backend: str, candidates: list[Candidate]) -> list[Candidate]:
+    """Ours with a further backend, under keys and titles of their own."""
+    return [replace(c, key=f"{c.key}:{backend}", title=f"{c.title}, {backend}") for c in candidates]
 
 
 def peers(note: str = "") -> list[Candidate]:
@@ -27,98 +66,116 @@ def peers(note: str = "") -> list[Candidate]:
             "Liger chunked GRPO",
             liger_chunked,
             has_entropy_gradient=False,
-            rounds=1,
             needs="liger_kernel",
             note=f"no entropy term; its own torch.compile off{note}",
         ),
-        Candidate(
-            "trl", "TRL chunked", trl_chunked, rounds=1, needs="trl", note="chunks of 4096 x 8192"
-        ),
+        Candidate("trl", "TRL chunked", trl_chunked, needs="trl", note="chunks of 4096 x 8192"),
     ]
 
 
-def cpu_candidates() -> list[Candidate]:
-    """On a CPU: the torch backend with and without generated code, beside its floor and peers."""
+def cpu_candidates(backend: str = "torch") -> list[Candidate]:
+    """On a CPU: ours with and without generated code, beside its floor and peers."""
+    one_pass, *others = fused_candidates(backend)
+    eager = Candidate(
+        "one_pass_eager",
+        "crpo_kernels, one pass, no C++ compiler",
+        fused_eager,
+        "ours",
+        note="row passes as ordinary torch operations",
+    )
     return [
-        Candidate("products", PRODUCTS[3], BareProducts(), has_entropy_gradient=False),
-        Candidate("one_pass", "crpo_kernels, one pass", fused("one_pass", "torch")),
-        Candidate("two_pass", "crpo_kernels, two passes", fused("two_pass", "torch"), rounds=2),
-        Candidate(
-            "one_pass_eager",
-            "crpo_kernels, one pass, no C++ compiler",
-            fused_eager,
-            rounds=2,
-            note="row passes as ordinary torch operations",
-        ),
-        Candidate("naive", "plain torch", naive, rounds=1, note=PLAIN_NOTE),
+        *bare_products(3, has_fp32_out=False),
+        one_pass,
+        Candidate("naive", "plain torch", naive, "plain", note=PLAIN_NOTE),
         *peers(", which is faster here"),
+        *others,
+        eager,
     ]
 
 
 def bare_products(num_products: int, *, has_fp32_out: bool) -> list[Candidate]:
     """The floor of what needs so many products, and the same with results in fp32."""
-    key, title = FLOORS[num_products], PRODUCTS[num_products]
-    made = [
+    kinds = [("", "", False), *([("_fp32", ", fp32 out", True)] if has_fp32_out else [])]
+    return [
         Candidate(
-            key,
-            title,
-            BareProducts(num_products),
+            f"{FLOORS[num_products]}{suffix}",
+            f"{PRODUCTS[num_products]}{words}",
+            BareProducts(num_products, has_fp32_out=is_fp32),
+            "floor",
             has_entropy_gradient=False,
             num_products=num_products,
         )
+        for suffix, words, is_fp32 in kinds
     ]
-    if has_fp32_out:
-        step = BareProducts(num_products, has_fp32_out=True)
-        made.append(
-            Candidate(
-                f"{key}_fp32",
-                f"{title}, fp32 out",
-                step,
-                has_entropy_gradient=False,
-                num_products=num_products,
-            )
-        )
-    return made
 
 
 def fused_candidates(backend: str) -> list[Candidate]:
-    """Our loss with both gradients: mode A and mode B with and without room for E."""
+    """Our loss with both gradients: one pass, and two passes with and without room for E."""
     two_pass, recompute = (fused("two_pass", backend, size) for size in (None, small_workspace))
     return [
-        Candidate("one_pass", "crpo_kernels, mode A", fused("one_pass", backend)),
-        Candidate("two_pass", "crpo_kernels, mode B cached", two_pass),
-        Candidate("recompute", "crpo_kernels, mode B recompute", recompute),
+        Candidate("one_pass", "crpo_kernels, one pass", fused("one_pass", backend), "ours"),
+        Candidate("two_pass", "crpo_kernels, two passes, E kept", two_pass, "ours"),
+        Candidate("recompute", "crpo_kernels, two passes, recomputed", recompute, "ours"),
     ]
 
 
 def all_gradients(backend: str, *, has_fp32_out: bool) -> list[Candidate]:
     """Everything with both gradients: ours, plain torch, its compiler, the peers."""
+    compiled = "plain torch, torch.compile"
     return [
         *bare_products(3, has_fp32_out=has_fp32_out),
         *fused_candidates(backend),
-        Candidate("naive", "plain torch", naive, note=PLAIN_NOTE),
+        Candidate("naive", "plain torch", naive, "plain", note=PLAIN_NOTE),
         Candidate("liger_scaled", "Liger scaled CE", liger_scaled, needs="liger_kernel"),
         *peers(),
-        Candidate(
-            "compiled", "plain torch, torch.compile", Compiled(), has_errors=False, note=PLAIN_NOTE
-        ),
+        Candidate("compiled", compiled, Compiled(), has_errors=False, note=PLAIN_NOTE),
     ]
 
 
 def frozen_head(backend: str, *, has_fp32_out: bool) -> list[Candidate]:
     """Without a gradient of the head's weight."""
-    ours, title = fused("one_pass", backend), "crpo_kernels, mode A, frozen head"
+    ours, title = fused("one_pass", backend), "crpo_kernels, one pass, frozen head"
+    plain = "plain torch, frozen head"
     return [
         *bare_products(2, has_fp32_out=has_fp32_out),
-        Candidate("frozen", title, ours, num_products=2),
-        Candidate("naive_frozen", "plain torch, frozen head", naive, num_products=2),
+        Candidate("frozen", title, ours, "ours", num_products=2),
+        Candidate("naive_frozen", plain, naive, "plain", num_products=2, note=PLAIN_NOTE),
     ]
 
 
 def scoring(backend: str, *, has_fp32_out: bool) -> list[Candidate]:
     """Log-probabilities and entropies without gradients."""
+    usual, *others = our_scoring(backend)
+    plain = "fp32 logits of all tokens"
+    title = "plain torch, scoring"
     return [
         *bare_products(1, has_fp32_out=has_fp32_out),
-        Candidate("scored", "crpo_kernels, scoring only", scored(backend), num_products=1),
-        Candidate("naive_scored", "plain torch, scoring only", naive_scored, num_products=1),
+        usual,
+        Candidate("naive_scored", title, naive_scored, "plain", num_products=1, note=plain),
+        *others,
+    ]
+
+
+def our_scoring(backend: str) -> list[Candidate]:
+    """As dispatch picks it, and its other ways by force where they run."""
+    return [
+        Candidate("scored", "crpo_kernels, scoring", scored(backend), "ours", num_products=1),
+        Candidate(
+            "scored_fused",
+            "crpo_kernels, scoring, fused kernel",
+            scored(backend, mode="fused"),
+            "ours",
+            num_products=1,
+            may_refuse=True,
+        ),
+        Candidate(
+            "scored_fp8",
+            "crpo_kernels, scoring, fp8 head",
+            scored(backend, head_dtype=torch.float8_e4m3fn),
+            "ours",
+            num_products=1,
+            note="hidden states and head quantised per row, off by default",
+            coarseness=16.0,
+            may_refuse=True,
+        ),
     ]

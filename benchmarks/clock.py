@@ -1,20 +1,32 @@
-"""Clocks: seconds of a step, on a CPU by the host's clock and on a GPU by events on its stream."""
+"""Clocks: seconds of a step, on a CPU by the host's clock and on a GPU by events on its stream.
+
+In a round every candidate takes two steps: a *cold* one after the last cache before the device's
+memory was overwritten, and right after it a *warm* one, which finds there what its own last step
+left. Rounds are interleaved, so that drifts of clocks and temperature meet all candidates.
+"""
 
 from __future__ import annotations
 
 import math
-import statistics
+import os
+import re
 import time
-from collections.abc import Callable, Iterator
-from itertools import cycle
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .baselines import Candidate
 from .cases import Inputs
+from .deadline import LATE, OutOfTime, at_most_seconds
 
-MOST_COPIES = 16
-FEWEST_ROUNDS = 3
+KINDS = ("warm", "cold")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+ASSUMED_CACHE = 256 << 20  # where a machine does not tell; more than the caches of most
+Times = dict[str, dict[str, list[float]]]  # seconds by candidate, warm and cold
 
 
 class Clock:
@@ -23,66 +35,121 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def seconds(self, step: Callable[[], object]) -> float:
-        """One run of ``step``, all its work on the device included."""
+    def seconds(self, step: Callable[[], object], *, cold: bool = False) -> float:
+        """One run of ``step``, all its work on the device included; cold: nothing is cached."""
         if self.device.type != "cuda":
+            if cold:
+                self.flush()
             begin = time.perf_counter()
             step()
             return time.perf_counter() - begin
         with torch.cuda.device(self.device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
+            if cold:
+                self.flush()
             begin.record()
             step()
             end.record()
             end.synchronize()
             return begin.elapsed_time(end) / 1e3
 
-    @property
+    @cached_property
     def cache_bytes(self) -> int:
-        """The last cache before the device's memory; 0 on a CPU, whose runs are seconds long."""
-        if self.device.type != "cuda":
-            return 0
-        return torch.cuda.get_device_properties(self.device).L2_cache_size
+        """The last cache before the device's memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).L2_cache_size
+        return cpu_cache_bytes()
+
+    @cached_property
+    def _flusher(self) -> Tensor:
+        return torch.zeros(2 * self.cache_bytes // 4, device=self.device)
+
+    def flush(self) -> None:
+        """Overwrite the cache: write and read twice its size."""
+        self._flusher.add_(1.0)
+
+    def forget(self) -> None:
+        """Give the memory of `flush` back."""
+        self.__dict__.pop("_flusher", None)
 
 
-def rotation(inputs: Inputs, cache_bytes: int) -> Iterator[Inputs]:
-    """``inputs`` in turn with copies of them, as many as overflow the cache twice.
-
-    Inputs that do so alone need no copy. Runs that follow each other then never find theirs.
-    """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in inputs.tensors())
-    copies = max(0, min(MOST_COPIES, math.ceil(2 * cache_bytes / max(size, 1)) - 1))
-    return cycle([inputs, *(inputs.copy() for _ in range(copies))])
+def cpu_cache_bytes() -> int:
+    """The largest cache that the first core reaches, `ASSUMED_CACHE` where nobody tells."""
+    sizes = [
+        int(found[1]) * UNITS[found[2]]
+        for file in CACHES.glob("index*/size")
+        if (found := re.match(r"(\d+)([KMG]?)", file.read_text("utf-8")))
+    ]
+    if not sizes and "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names:
+        sizes = [os.sysconf("SC_LEVEL3_CACHE_SIZE")]
+    return max(sizes, default=0) or ASSUMED_CACHE
 
 
 def measure_seconds(
     candidates: list[Candidate],
     inputs: Inputs,
-    say: Callable[[str], None],
     clock: Clock,
-    rounds: Callable[[Candidate], int],
-    is_late: Callable[[], bool] = lambda: False,
-) -> dict[str, list[float]]:
-    """Seconds of every timed step, in interleaved rounds so that drifts meet all candidates.
+    rounds: int,
+    say: Callable[[str], None],
+    *,
+    expected: dict[str, float],
+    until: float = math.inf,
+) -> tuple[Times, dict[str, str]]:
+    """Seconds of every timed step in interleaved rounds, and why candidates have none.
 
-    When ``is_late`` says so, the third round is the last one.
+    Args:
+        candidates: in the order of a round.
+        inputs: of all of them.
+        clock: of the device.
+        rounds: of candidates that do not want fewer.
+        say: told of every step.
+        expected: seconds of a step of each candidate, for `until`.
+        until: `time.monotonic` after which nothing begins; candidates that would not be done by
+            then skip the round. First to go are further rounds, then cold steps, then candidates.
     """
-    times: dict[str, list[float]] = {candidate.key: [] for candidate in candidates}
-    sets = rotation(inputs, clock.cache_bytes)
-    for turn in range(max(map(rounds, candidates), default=0)):
-        if turn >= FEWEST_ROUNDS and is_late():
-            say(f"only {turn} rounds for lack of time")
-            break
+    times: Times = {candidate.key: {kind: [] for kind in KINDS} for candidate in candidates}
+    missing: dict[str, str] = {}
+    for turn in range(rounds):
         for candidate in candidates:
-            if turn < rounds(candidate):
-                chosen = candidate.inputs_of(next(sets))
-                seconds = clock.seconds(lambda c=candidate, i=chosen: c.step(i))
-                times[candidate.key].append(seconds)
-                say(f"round {turn + 1}: {candidate.title}: {seconds:.4g} s")
-    return times
+            key, wanted = candidate.key, rounds if candidate.rounds is None else candidate.rounds
+            if key in missing or turn >= wanted:
+                continue
+            given = candidate.inputs_of(inputs)
+            for kind in reversed(KINDS):
+                left = until - time.monotonic()
+                steps = 2 if kind == "cold" else 1
+                if left < steps * expected[key] and (turn > 0 or kind == "cold" or left < 0):
+                    continue
+                try:
+                    seconds = timed(candidate, given, clock, kind, left)
+                except (Exception, OutOfTime) as error:
+                    if candidate.is_ours or candidate.is_floor:
+                        raise
+                    missing[key] = f"{type(error).__name__}: {str(error)[:200]}"
+                    break
+                times[key][kind].append(seconds)
+                say(f"round {turn + 1}: {candidate.title}: {kind} {seconds:.4g} s")
+    for key, found in times.items():
+        if not found["warm"] and key not in missing:
+            missing[key] = LATE
+    return times, missing
+
+
+def timed(candidate: Candidate, given: Inputs, clock: Clock, kind: str, left: float) -> float:
+    """One step; a peer's is broken off when time is out."""
+
+    def step() -> object:
+        return candidate.step(given)
+
+    if candidate.is_ours or candidate.is_floor or not math.isfinite(left):
+        return clock.seconds(step, cold=kind == "cold")
+    with at_most_seconds(max(left, 1.0)):
+        return clock.seconds(step, cold=kind == "cold")
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+    """Median, the 20th and 80th percentile, and how many."""
+    values = torch.tensor(seconds, dtype=torch.float64)
+    low, median, high = values.quantile(values.new_tensor([0.2, 0.5, 0.8])).tolist()
+    return {"median": median, "low": low, "high": high, "count": len(seconds)}

@@ -27,7 +27,7 @@ import torch
 
 from crpo_kernels.support import INTERPRETER, asks_for_interpreter, triton_obstacle
 
-from . import gpu_behaviour, gpu_precision, gpu_table, plot
+from . import gpu_behaviour, gpu_precision, gpu_table, loss_plot, plot
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .gpu_report import Part, plain
 from .gpu_scale import Scale, real_scale, rehearsal_scale
@@ -189,11 +189,10 @@ def page(report: dict) -> str:
     if report["note"]:
         lines.append(f"**{report['note']}**")
     for found in tables(report):
-        shown = {**report, **found}
         title = f"## {found['stands_for']}"
         if found["stands_for"] != found["case"]:
             title += f" (stood for by {found['case']}; {NO_CLAIM})"
-        lines += [title, plot.table(shown), plot.target_table(found["targets"])]
+        lines += [title, loss_plot.table(found), loss_plot.target_table(found["targets"])]
     for name in ("launches", "chunks"):
         rows = report["parts"].get("sweep", {}).get(name, [])
         lines += [f"## sweep: {name}", sweep_table(rows)] if rows else []

@@ -52,13 +52,15 @@ def one_table(part: Part, scale: Scale, named: Case, case: Case, number: int) ->
         candidates = [rehearsed(candidate) for candidate in candidates]
     candidates.sort(key=lambda c: 0 if c.is_floor or c.is_ours else 1 + (c.key == "compiled"))
     clock = Clock(scale.device)
-    found = measure(case, candidates, clock, lambda _: scale.rounds, part.is_late, PEER_SECONDS)
+    until = part.begin + part.seconds
+    found = measure(case, candidates, clock, scale.rounds, until=until, peer_seconds=PEER_SECONDS)
     rows = {row["key"]: row for row in found["rows"]}
-    checks = gpu_targets(named, rows, gpu_name(machine(scale.device)))
+    shape = (named.num_rows, named.vocab_size, named.dim)
+    checks = gpu_targets(shape, rows, gpu_name(machine(scale.device)))
     if scale.is_rehearsal:
         checks = [{**check, "met": None, "note": NO_CLAIM} for check in checks]
         found["note"] = NO_CLAIM
-        found["rows"] = [{**row, "has_no_claim": True} for row in found["rows"]]
+        found["rows"] = [without_times(row) for row in found["rows"]]
     else:
         low, high = found["entropy_quantiles"]
         is_peaked = PEAKED[0] <= low and high <= PEAKED[1]
@@ -68,6 +70,12 @@ def one_table(part: Part, scale: Scale, named: Case, case: Case, number: int) ->
             part.skip(f"{named.name}: {row['title']}", row["missing"])
         row["target"] = target_state(checks, row["key"])
     part.results["tables"].append({**found, "stands_for": named.name, "targets": checks})
+
+
+def without_times(row: dict) -> dict:
+    """A row of a rehearsal: what it says of time is not shown."""
+    columns = ("warm", "cold", "floor_share", "tflops")
+    return {**row, "lacks": {**row.get("lacks", {}), **dict.fromkeys(columns, NO_CLAIM)}}
 
 
 def rehearsed(candidate: Candidate) -> Candidate:

@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from .accuracy import errors, exact_result
-from .baselines import FLOORS, NAIVE, Candidate, Result
+import crpo_kernels.call as kernel_call
+
+from .accuracy import error_inputs, errors, exact_results, what_is_wrong
+from .baselines import FLOORS, NAIVE, Candidate, naive
 from .cases import Case, Inputs, make_inputs
-from .clock import Clock, measure_seconds, summary
+from .clock import Clock, Times, measure_seconds, summary
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .memory import memory_of
 from .output import say
 
 ERROR_ROWS, ERROR_COLUMNS = 32, 4096
-NO_MEMORY = {"extra_bytes": 0, "workspace_bytes": 0}  # bare products: their buffers exist already
+NO_MEMORY = {"extra_bytes": 0, "peak_bytes": 0}  # bare products: their buffers exist already
+SHORTEST = 1e-9  # seconds: a clock that did not move must not end in a division by zero
+PRODUCTS_OF_A_CANDIDATE = 5  # times its floor that one takes at least, errors and rounds included
 
 
-def never() -> bool:
-    """No limit of time."""
-    return False
+class Truth:
+    """What is right on a few rows of the inputs, and how far off plain torch is there."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.few = error_inputs(inputs, min(ERROR_ROWS, inputs.case.num_rows))
+        self.results, self.columns, self.num_head = exact_results(self.few, None, ERROR_COLUMNS)
+        self.rivals: dict[bool, dict[str, dict]] = {}
+
+    def rival(self, with_entropy: bool) -> dict[str, dict]:
+        """Errors of plain torch in the same dtype on the same rows."""
+        if with_entropy not in self.rivals:
+            few, weights = self.few, self.few.entropy_weights
+            given = few if with_entropy else replace(few, entropy_weights=0 * weights)
+            self.rivals[with_entropy] = self._errors(naive(given), with_entropy)
+        return self.rivals[with_entropy]
+
+    def errors(self, candidate: Candidate) -> dict[str, dict]:
+        """Those of a candidate."""
+        got = candidate.step(candidate.inputs_of(self.few))
+        return self._errors(got, candidate.has_entropy_gradient)
+
+    def _errors(self, got: object, with_entropy: bool) -> dict[str, dict]:
+        return errors(got, self.results[with_entropy], self.columns, self.num_head)  # type: ignore[arg-type]
+
+    @cached_property
+    def entropy_quantiles(self) -> list[float]:
+        """The tenth and the ninetieth percentile in nats."""
+        entropy = self.results[True].entropy
+        assert entropy is not None, "the truth has everything"
+        return entropy.quantile(entropy.new_tensor([0.1, 0.9])).tolist()
 
 
 @dataclass
@@ -31,102 +64,133 @@ class Measurements:
     """What was found so far, by key of the candidate."""
 
     missing: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    errors: dict[str, dict[str, dict]] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)  # seconds of a step, for deadlines
+    times: Times = field(default_factory=dict)
 
-    def row(self, candidate: Candidate) -> dict:
+    def row(self, candidate: Candidate, case: Case) -> dict:
         """One row of the table, or the reason why there is none."""
-        key = candidate.key
-        row = {"key": key, "title": candidate.title, "note": candidate.note}
+        key, products = candidate.key, candidate.num_products
+        row = {
+            "key": key,
+            "title": candidate.title,
+            "version": "" if candidate.missing() else candidate.version(),
+            "kind": candidate.kind,
+            "num_products": products,
+            "note": candidate.note,
+        }
         if key in self.missing:
             return {**row, "missing": self.missing[key]}
-        times = {name: summary(values) for name, values in self.seconds.items() if values}
-        median, floor = times[key]["median"], FLOORS[candidate.num_products]
+        own, floor = self.median(key), FLOORS[products]
         row |= {
-            "version": candidate.version(),
-            "has_entropy_gradient": candidate.has_entropy_gradient,
+            "seconds": {kind: summary(found) for kind, found in self.times[key].items() if found},
+            "all_seconds": self.times[key],
             "floor": floor,
-            "seconds": times[key],
-            "all_seconds": self.seconds[key],
+            "tflops": products * case.product_flops / own / 1e12,
             **self.memory[key],
-            "errors": self.errors.get(key, {}),
+            "errors": finite(self.errors.get(key, {})),
+            "lacks": {**({} if self.times[key]["cold"] else {"cold": LATE}), **candidate.lacks},
+            "has_entropy_gradient": candidate.has_entropy_gradient,
+            "wrong": self.wrong.get(key, ""),
         }
         others = {
             "over_products": floor,
             "over_products_fp32": f"{floor}_fp32",
-            "over_naive": NAIVE[candidate.num_products],
+            "over_naive": NAIVE[products],
         }
-        return row | {
-            name: median / times[other]["median"]
-            for name, other in others.items()
-            if other in times
-        }
+        row |= {name: own / self.median(o) for name, o in others.items() if self.has(o)}
+        return row | ({"floor_share": self.median(floor) / own} if self.has(floor) else {})
+
+    def has(self, key: str) -> bool:
+        """Whether it was timed."""
+        return bool(self.times.get(key, {}).get("warm"))
+
+    def median(self, key: str) -> float:
+        """Seconds of a warm step."""
+        return max(summary(self.times[key]["warm"])["median"], SHORTEST)
 
 
 def measure(
     case: Case,
     candidates: list[Candidate],
     clock: Clock,
-    rounds: Callable[[Candidate], int],
-    is_late: Callable[[], bool] = never,
+    rounds: int,
+    *,
+    until: float = math.inf,
     peer_seconds: float = 3600.0,
+    make: Callable[[Case, torch.device], Inputs] | None = None,
 ) -> dict:
-    """A part of a report: every candidate on one case.
+    """A CASE of a report: every candidate on one case.
 
     Args:
         case: the shape.
         candidates: the bare products among them are the floor of the others.
         clock: of the device.
-        rounds: how often a candidate is timed.
-        is_late: asked before a candidate's first step; those that come too late are dropped.
+        rounds: timed at most.
+        until: `time.monotonic` after which nothing begins; rounds are dropped first, then
+            candidates, from the last one on.
         peer_seconds: limit for the first steps of another project, its compilation included.
+        make: the inputs; None: those of the spectrum.
     """
-    say(f"{case.name}: inputs")
-    inputs = make_inputs(case, device=clock.device)
-    few = inputs.first(min(ERROR_ROWS, case.num_rows))
-    columns = torch.randperm(case.vocab_size, device=clock.device)[:ERROR_COLUMNS]
-    truths = {flag: exact_result(few, columns, flag) for flag in (True, False)}
+    say(f"{case.shape} {case.name}: inputs")
+    inputs = make_inputs(case, device=clock.device) if make is None else make(case, clock.device)
+    truth = Truth(inputs)
     found = Measurements(missing={c.key: why for c in candidates if (why := c.missing())})
     for candidate in candidates:
         if candidate.key in found.missing:
             continue
-        if is_late():
+        left = until - time.monotonic() - reserve(candidates, found)
+        least = PRODUCTS_OF_A_CANDIDATE * min(found.expected.values(), default=0.0)
+        if left < least:
             found.missing[candidate.key] = LATE
             say(f"{candidate.title}: {LATE}")
             continue
         say(f"errors and memory: {candidate.title}")
-        truth = truths[candidate.has_entropy_gradient]
-        if candidate.is_ours or candidate.is_floor:
-            look_at(candidate, inputs, few, (truth, columns), found, clock)
-            continue
-        try:  # what goes wrong with a peer is its row
-            with at_most_seconds(peer_seconds):
-                look_at(candidate, inputs, few, (truth, columns), found, clock)
+        try:  # what goes wrong with a peer is its row; bare products and ours must run
+            if candidate.is_floor or (candidate.is_ours and not candidate.may_refuse):
+                look_at(candidate, inputs, truth, found, clock)
+            else:
+                with at_most_seconds(min(peer_seconds, left)):
+                    look_at(candidate, inputs, truth, found, clock)
         except (Exception, OutOfTime) as error:
+            if candidate.is_floor or (candidate.is_ours and not candidate.may_refuse):
+                raise
             found.missing[candidate.key] = f"{type(error).__name__}: {str(error)[:200]}"
             say(f"{candidate.title} cannot run: {found.missing[candidate.key]}")
         release(clock.device)
     present = [candidate for candidate in candidates if candidate.key not in found.missing]
-    found.seconds = measure_seconds(present, inputs, say, clock, rounds, is_late)
+    found.times, late = measure_seconds(
+        present, inputs, clock, rounds, say, expected=found.expected, until=until
+    )
+    clock.forget()
+    found.missing |= late
     return summarized(case, candidates, found) | {
-        "entropy_quantiles": quantiles(truths[True].entropy),
-        "error_rows": few.labels.numel(),
+        "entropy_quantiles": truth.entropy_quantiles,
+        "error_rows": truth.few.labels.numel(),
+        "cache_bytes": clock.cache_bytes,
+        "rounds": rounds,
     }
 
 
+def reserve(candidates: list[Candidate], found: Measurements) -> float:
+    """Seconds that one round of those looked at will take, cold steps not counted."""
+    return sum(found.expected.get(c.key, 0.0) for c in candidates if c.key not in found.missing)
+
+
 def look_at(
-    candidate: Candidate,
-    inputs: Inputs,
-    few: Inputs,
-    truth: tuple[Result, Tensor],
-    found: Measurements,
-    clock: Clock,
+    candidate: Candidate, inputs: Inputs, truth: Truth, found: Measurements, clock: Clock
 ) -> None:
     """Errors and memory of one candidate; after it its code and buffers exist."""
-    if candidate.has_errors:
-        found.errors[candidate.key] = errors(candidate, candidate.inputs_of(few), *truth)
-    found.memory[candidate.key] = prepare(candidate, inputs, clock)
+    key = candidate.key
+    if candidate.has_errors and not candidate.is_floor:
+        found.errors[key] = truth.errors(candidate)
+        rival = truth.rival(candidate.has_entropy_gradient)
+        found.wrong[key] = what_is_wrong(found.errors[key], rival, candidate.coarseness)
+        if found.wrong[key]:
+            say(f"{candidate.title} is wrong: {found.wrong[key]}")
+    found.memory[key], found.expected[key] = prepare(candidate, inputs, clock)
 
 
 def release(device: torch.device) -> None:
@@ -136,33 +200,54 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def prepare(candidate: Candidate, inputs: Inputs, clock: Clock) -> dict[str, int]:
-    """The memory of a step; after it the candidate's code and buffers exist."""
-    given, is_gpu = candidate.inputs_of(inputs), clock.device.type == "cuda"
-    memory = NO_MEMORY
-    if candidate.is_floor and is_gpu:
-        candidate.step(given)
-    elif not candidate.is_floor:
-        if is_gpu:
+def prepare(candidate: Candidate, inputs: Inputs, clock: Clock) -> tuple[dict[str, int], float]:
+    """The memory of a step, and about how long one takes; after it code and buffers exist."""
+    given = candidate.inputs_of(inputs)
+    if candidate.is_floor:
+        if clock.device.type == "cuda":
             candidate.step(given)
-        memory = memory_of(candidate, given)
-        if candidate.key == "one_pass" and not is_gpu:
-            candidate.step(given)  # no code was generated under the counter
-    return memory
+        return NO_MEMORY, clock.seconds(lambda: candidate.step(given))
+    if clock.device.type == "cuda":
+        candidate.step(given)
+    memory: list[dict[str, int]] = []
+    seconds = clock.seconds(lambda: memory.append(memory_of(candidate, given)))
+    if candidate.is_ours and generates_code(
+        inputs.case, clock.device
+    ):  # and could not under the counter
+        candidate.step(given)
+        seconds = clock.seconds(lambda: candidate.step(given))
+    return memory[0], seconds
+
+
+def generates_code(case: Case, device: torch.device) -> bool:
+    """Whether the row passes of our CPU backend are compiled at this size."""
+    like = torch.empty(0, dtype=case.dtype, device=device)
+    return kernel_call.uncompiled_reason(like, case.num_rows, case.vocab_size) is None
 
 
 def summarized(case: Case, candidates: list[Candidate], found: Measurements) -> dict:
-    """Rows, and the rate of the bare products."""
-    floor = next(c for c in candidates if c.is_floor)
-    rate = case.product_flops * floor.num_products / min(found.seconds[floor.key])
+    """Sizes, rows, and the rate of the bare products."""
+    floors = [c for c in candidates if c.is_floor and found.has(c.key)]
+    rate = None
+    if floors:
+        best = max(min(found.times[floors[0].key]["warm"]), SHORTEST)
+        rate = case.product_flops * floors[0].num_products / best / 1e12
     return {
+        "name": case.shape,
         "case": case.name,
-        "product_tflops": rate / 1e12,
-        "rows": [found.row(candidate) for candidate in candidates],
+        "rows_t": case.num_rows,
+        "vocab": case.vocab_size,
+        "dim": case.dim,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "inputs": case.inputs,
+        "product_tflops": rate,
+        "rows": [found.row(candidate, case) for candidate in candidates],
     }
 
 
-def quantiles(entropy: Tensor | None) -> list[float]:
-    """The tenth and the ninetieth percentile."""
-    assert entropy is not None, "the truth has everything"
-    return [float(q) for q in entropy.quantile(entropy.new_tensor([0.1, 0.9]))]
+def finite(found: dict[str, dict]) -> dict[str, dict]:
+    """Errors for the JSON, which has no numbers for NaN and infinity: None."""
+    return {
+        quantity: {k: v if math.isfinite(v) else None for k, v in values.items()}
+        for quantity, values in found.items()
+    }

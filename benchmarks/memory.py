@@ -25,6 +25,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.known = {t.untyped_storage()._cdata for t in existing}
         self.live = self.peak = 0
+        self.events: list[tuple[int, int]] = []  # storages that came (bytes) and went (-bytes)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Run an operation and count the storages of its results."""
@@ -41,11 +42,23 @@ class LiveBytes(TorchDispatchMode):
         self.known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.events.append((key, size))
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.live -= size
+        self.events.append((key, -size))
+
+    def peak_without(self, outputs: list[Tensor]) -> int:
+        """The peak as if the storages of ``outputs``, which still live, had never been made."""
+        last = {key: place for place, (key, size) in enumerate(self.events) if size > 0}
+        skipped = {last.get(t.untyped_storage()._cdata) for t in outputs}
+        live = peak = 0
+        for place, (_, size) in enumerate(self.events):
+            live += 0 if place in skipped else size
+            peak = max(peak, live)
+        return peak
 
     def restart(self) -> int:
         """The peak so far; from here on a new one counts."""
@@ -87,19 +100,22 @@ def counting(device: torch.device, existing: list[Tensor]) -> LiveBytes | CudaBy
 
 
 def memory_of(candidate: Candidate, inputs: Inputs) -> dict[str, int]:
-    """Peak bytes beyond the inputs of one forward and backward.
+    """Peak bytes of one forward and backward.
 
-    ``extra_bytes`` counts everything, both gradients included; ``workspace_bytes`` is without the
-    gradients that backward returns. On a CPU no code is generated under the counter: our row passes
-    run eagerly here, with two scratch buffers of a few rows more.
+    ``extra_bytes`` are those beyond the inputs, both gradients included; ``peak_bytes`` those
+    beyond inputs and outputs: what the step needs for itself. On a CPU storages are counted one by
+    one, and no code is generated under the counter: our row passes run eagerly here, with two
+    scratch buffers of a few rows more. On a GPU the allocator is asked, and of an output that
+    exists before the forward's end it cannot be told when it was made: ``peak_bytes`` counts it.
     """
     forward: list[int] = []
     with counting(inputs.hidden.device, inputs.tensors()) as counter:
         watched = replace(inputs, on_backward=lambda: forward.append(counter.restart()))
         result = candidate.step(watched)
         last = counter.peak
-    returned = sum(
-        g.numel() * g.element_size() for g in (result.d_hidden, result.d_weight) if g is not None
-    )
-    workspace = max([*forward, last - returned])
-    return {"extra_bytes": max([*forward, last]), "workspace_bytes": workspace}
+    outputs = [value for value in vars(result).values() if isinstance(value, Tensor)]
+    if isinstance(counter, LiveBytes):
+        peak = counter.peak_without(outputs)
+    else:
+        peak = max([*forward, last - sum(t.numel() * t.element_size() for t in outputs)])
+    return {"extra_bytes": max([*forward, last]), "peak_bytes": max(peak, 0)}

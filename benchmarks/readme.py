@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import dual, gpu_gate, plot, quickstart
+from . import dual, gpu_gate, loss_plot, plot, quickstart
 from .output import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,9 +105,9 @@ def _run(name: str) -> str:
 
 
 def loss_block() -> str:
-    """The page of `python -m benchmarks loss --device cpu`."""
+    """The first shape of `python -m benchmarks loss --device cpu`, the others in a line each."""
     report = load("loss_cpu")
-    return NOT_MEASURED if report is None else re.sub(r"\A#.*\n+", "", plot.page(report)).strip()
+    return NOT_MEASURED if report is None else loss_plot.readme_block(report, "loss_cpu")
 
 
 def gpu_block() -> str:
@@ -137,10 +137,9 @@ def fill(text: str) -> str:
 
 
 def write() -> None:
-    """Rewrite README.md, and the page of each result file of the loss."""
-    for file in RESULTS.glob("loss_*.json"):
-        page = plot.page(json.loads(file.read_text(encoding="utf-8")))
-        file.with_suffix(".md").write_text(page, encoding="utf-8")
+    """Rewrite README.md, and what is drawn of each result file."""
+    for file in plot.committed():
+        plot.draw(plot.read(file), file.with_suffix(""))
     page = ROOT / "README.md"
     page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -24,7 +24,7 @@ def test_every_block_is_there_once(name: str) -> None:
 
 def test_a_changed_number_is_noticed() -> None:
     number = re.search(r"<!-- loss -->.*?(\d\.\d+)", TEXT, re.DOTALL)
-    if number is None:
+    if number is None or readme.load("loss_cpu") is None:
         pytest.skip("the loss is not measured yet")
     changed = TEXT[: number.start(1)] + "9.99" + TEXT[number.end(1) :]
     assert readme.fill(changed) == TEXT

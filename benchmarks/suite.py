@@ -1,0 +1,114 @@
+"""A command over its cases: `loss` and `score` measure them in turn and write one report."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from . import against, loss_plot, plot
+from .baselines import Candidate
+from .cases import Case, Inputs
+from .clock import Clock
+from .machine import machine
+from .measure import measure, release
+from .options import cases_of, device_of, refusal, rounds_of, seconds_of
+from .output import say
+
+FIRST_SHARE = 2.0  # of the time: the first case counts for so many of the others
+
+
+def run_suite(
+    kind: str,
+    options: argparse.Namespace,
+    command: str,
+    cpu_seconds: float,
+    measure_kind: Callable[[argparse.Namespace, float], dict],
+) -> int:
+    """Measure, print the table, write ``<kind>_<device>.json`` and what is drawn of it.
+
+    Returns:
+        0; 1 with ``--gate`` when a target is missed, with ``--against`` when something became
+        worse; 2 when the options cannot be right.
+    """
+    reason = refusal(options)
+    if reason is not None:
+        print(reason)
+        return 2
+    until = time.monotonic() + seconds_of(options, cpu_seconds)
+    report = {"command": command, **measure_kind(options, until)}
+    files = plot.write(report, options.out / f"{kind}_{options.device}")
+    print(loss_plot.page(report))
+    print("written:", *files)
+    status = against.check(report, options.against, options.only)
+    missed = [target["text"] for target in report["targets"] if target["met"] is False]
+    return status or (1 if options.gate and missed else 0)
+
+
+def measure_cases(
+    kind: str,
+    options: argparse.Namespace,
+    until: float,
+    candidates: Callable[[Case], list[Candidate]],
+    targets: Callable[[dict, dict], list[dict]],
+) -> dict:
+    """A report but for its command.
+
+    Args:
+        kind: "loss" or "score".
+        options: as of `options.add_case_arguments`.
+        until: `time.monotonic` after which nothing begins; each case has its share of what is left.
+        candidates: of a case.
+        targets: of a measured case (its CASE of the report, the machine).
+    """
+    begin = time.monotonic()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    device = device_of(options)
+    pairs = cases_with_inputs(options)
+    report = {"kind": kind, "machine": machine(device), "cases": [], "targets": []}
+    for place, (case, make) in enumerate(pairs):
+        left, others = until - time.monotonic(), len(pairs) - place - 1
+        first = FIRST_SHARE if place == 0 else 1.0
+        end = until if others == 0 else until - left * others / (others + first)
+        chosen = wanted(candidates(case), options.only)
+        found = measure(
+            case,
+            chosen,
+            Clock(device),
+            rounds_of(options),
+            until=end,
+            make=make,
+            peer_seconds=math.inf if math.isinf(end) else end - time.monotonic(),
+        )
+        report["cases"].append(found)
+        report["targets"] += targets(found, report["machine"])
+        release(device)
+        say(f"{case.shape}: done after {time.monotonic() - begin:.0f} s")
+    return {**report, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def cases_with_inputs(
+    options: argparse.Namespace,
+) -> list[tuple[Case, Callable[[Case, torch.device], Inputs] | None]]:
+    """Every case and where its inputs come from, None for the spectrum."""
+    return [(case, None) for case in cases_of(options)]
+
+
+def wanted(candidates: list[Candidate], only: list[str] | None) -> list[Candidate]:
+    """Those of ``--only``, with floors and plain torch.
+
+    Raises:
+        SystemExit: a key that nobody has.
+    """
+    if only is None:
+        return candidates
+    unknown = set(only) - {c.key for c in candidates}
+    if unknown:
+        known = ", ".join(c.key for c in candidates)
+        raise SystemExit(f"--only: expected keys among {known}, got {', '.join(sorted(unknown))}.")
+    return [c for c in candidates if c.is_floor or c.key in only or c.key.startswith("naive")]
