@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .baselines import Result, objective
+from .baselines import Candidate, Objective, Result, gradients, naive_logprobs, objective
 from .cases import ENTROPY_WEIGHT, Inputs
 
 SLAB = 1 << 14  # rows of the head that are fp64 at once
@@ -45,40 +46,40 @@ def error_inputs(inputs: Inputs, num_rows: int) -> Inputs:
     return replace(few, entropy_weights=few.entropy_weights / ENTROPY_WEIGHT)
 
 
-def exact_results(
-    inputs: Inputs, columns: Tensor | None = None, num_tail: int = 4096
-) -> tuple[dict[bool, Result], Tensor, int]:
-    """Everything in fp64, with and without the entropy term.
+class Exact:
+    """Log-probabilities, entropies and gradients of a few rows in fp64.
 
     The weight becomes fp64 in slabs: memory is some fp64 [T, V], whatever D is.
 
-    Returns:
-        By whether the entropy term is there; the tokens whose d_weight it has, ``columns`` if
-        given, else the head of the rows and ``num_tail`` others; how many of them are the head.
+    Args:
+        inputs: the rows.
+        columns: tokens whose d_weight is looked at; None: the head of the rows, and others.
+        num_tail: how many others.
     """
-    hidden, weight = inputs.hidden.detach().double(), inputs.weight.detach()
-    raw = exact_logits(hidden, weight).requires_grad_()  # [t, V]
-    log_p = (raw / inputs.case.temperature).log_softmax(1)
-    logprobs = log_p.gather(1, inputs.labels.unsqueeze(1)).squeeze(1)
-    entropy = -(log_p.exp() * log_p).sum(1)
-    losses = {
-        flag: objective(inputs, logprobs, entropy if flag else None) for flag in (True, False)
-    }
-    d_raws = [torch.autograd.grad(loss, raw, retain_graph=True)[0] for loss in losses.values()]
-    num_head = 0
-    if columns is None:
-        columns, num_head = chosen_columns(inputs.labels, log_p.detach(), num_tail)
-    d_hidden = hidden.new_zeros(len(d_raws), *hidden.shape)
-    for first in range(0, weight.shape[0], SLAB):
-        slab = weight[first : first + SLAB].double()
-        for d_raw, total in zip(d_raws, d_hidden, strict=True):
-            total.addmm_(d_raw[:, first : first + SLAB], slab)
-    values = logprobs.detach(), entropy.detach()
-    results = {
-        flag: Result(loss.detach(), total, d_raw[:, columns].t() @ hidden, *values)
-        for (flag, loss), total, d_raw in zip(losses.items(), d_hidden, d_raws, strict=True)
-    }
-    return results, columns, num_head
+
+    def __init__(self, inputs: Inputs, columns: Tensor | None = None, num_tail: int = 4096) -> None:
+        self.inputs, self.hidden = inputs, inputs.hidden.detach().double()
+        self.weight = inputs.weight.detach()
+        self.raw = exact_logits(self.hidden, self.weight).requires_grad_()  # [t, V]
+        log_p = (self.raw / inputs.case.temperature).log_softmax(1)
+        self.logprobs = log_p.gather(1, inputs.labels.unsqueeze(1)).squeeze(1)
+        self.entropy = -(log_p.exp() * log_p).sum(1)
+        self.num_head = 0
+        if columns is None:
+            columns, self.num_head = chosen_columns(inputs.labels, log_p.detach(), num_tail)
+        self.columns = columns
+
+    def result(self, with_entropy: bool, objective: Objective = objective) -> Result:
+        """Of one objective; d_weight only of `columns`."""
+        loss = objective(self.inputs, self.logprobs, self.entropy if with_entropy else None)
+        (d_raw,) = torch.autograd.grad(loss, self.raw, retain_graph=True)
+        d_hidden = torch.zeros_like(self.hidden)
+        for first in range(0, self.weight.shape[0], SLAB):
+            slab = slice(first, first + SLAB)
+            d_hidden.addmm_(d_raw[:, slab], self.weight[slab].double())
+        d_weight = d_raw[:, self.columns].t() @ self.hidden
+        values = self.logprobs.detach(), self.entropy.detach()
+        return Result(loss.detach(), d_hidden, d_weight, *values)
 
 
 def chosen_columns(labels: Tensor, log_p: Tensor, num_tail: int) -> tuple[Tensor, int]:
@@ -95,7 +96,49 @@ def chosen_columns(labels: Tensor, log_p: Tensor, num_tail: int) -> tuple[Tensor
 
 def exact_result(inputs: Inputs, columns: Tensor, with_entropy: bool) -> Result:
     """Everything in fp64 for a few rows; d_weight only of the vocabulary's ``columns``."""
-    return exact_results(inputs, columns)[0][with_entropy]
+    return Exact(inputs, columns).result(with_entropy)
+
+
+class Truth:
+    """What is right on a few rows of the inputs, and how far off plain torch is there."""
+
+    def __init__(self, inputs: Inputs, num_rows: int, num_columns: int) -> None:
+        self.few, self.num_columns = error_inputs(inputs, num_rows), num_columns
+        self.exact: dict[bool, Exact] = {}
+        self.known: dict[tuple, tuple[Result, dict[str, dict]]] = {}
+
+    def exact_of(self, takes_temperature: bool) -> Exact:
+        """Of the inputs as they are, or with hidden states that are divided by the temperature."""
+        if takes_temperature not in self.exact:
+            few = self.few if takes_temperature else self.few.at_temperature_one()
+            self.exact[takes_temperature] = Exact(few, None, self.num_columns)
+        return self.exact[takes_temperature]
+
+    def errors(self, candidate: Candidate) -> tuple[dict[str, dict], str]:
+        """Errors of a candidate, and what is wrong with them or ""."""
+        exact = self.exact_of(candidate.takes_temperature)
+        key = candidate.has_entropy_gradient, candidate.takes_temperature, candidate.objective
+        if key not in self.known:
+            truth = exact.result(candidate.has_entropy_gradient, candidate.objective)
+            rival = plain_result(exact.inputs, candidate.has_entropy_gradient, candidate.objective)
+            self.known[key] = truth, errors(rival, truth, exact.columns, exact.num_head)
+        truth, rival_errors = self.known[key]
+        got = candidate.step(candidate.inputs_of(self.few))
+        found = errors(got, truth, exact.columns, exact.num_head)
+        return found, what_is_wrong(found, rival_errors, candidate.coarseness)
+
+    @cached_property
+    def entropy_quantiles(self) -> list[float]:
+        """The tenth and the ninetieth percentile in nats."""
+        entropy = self.exact_of(True).entropy.detach()
+        return entropy.quantile(entropy.new_tensor([0.1, 0.9])).tolist()
+
+
+def plain_result(inputs: Inputs, with_entropy: bool, objective: Objective) -> Result:
+    """Plain torch in the dtype of the inputs."""
+    logprobs, entropy = naive_logprobs(inputs)
+    loss = objective(inputs, logprobs, entropy if with_entropy else None)
+    return Result(loss, *gradients(loss, inputs), logprobs.detach(), entropy.detach())
 
 
 def exact_logits(hidden: Tensor, weight: Tensor) -> Tensor:  # [T, V]
@@ -126,7 +169,7 @@ def errors(got: Result, truth: Result, columns: Tensor, num_head: int) -> dict[s
 
 def differences(value: Tensor, truth: Tensor, *, is_gradient: bool) -> dict[str, float]:
     """Largest and root mean square difference; of gradients relative, and the bias."""
-    difference = value.double() - truth
+    difference = value.detach().double() - truth
     largest, root = float(difference.abs().max()), float(difference.square().mean().sqrt())
     if not is_gradient:
         return {"max": largest, "rms": root}

@@ -40,6 +40,20 @@ class Result:
     entropy: Tensor | None = None
 
 
+def objective(inputs: Inputs, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
+    """The loss in plain torch on ``[T]`` vectors."""
+    ratio = torch.exp(logprobs - logprobs.detach())
+    adv = inputs.advantages
+    bracket = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
+    x = inputs.ref_logprobs - logprobs
+    bracket = bracket + KL_COEF * (torch.exp(x) - x - 1)
+    loss = (inputs.token_weights * bracket).sum()
+    return loss if entropy is None else loss + (inputs.entropy_weights * entropy).sum()
+
+
+Objective = Callable[[Inputs, Tensor, Tensor | None], Tensor]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One row of the table.
@@ -57,6 +71,8 @@ class Candidate:
         note: what a reader must know.
         obstacle: why it is not run in this run, or "".
         lacks: what it cannot do (column of the table, e.g. "entropy"), and why.
+        objective: the loss on ``[T]`` vectors that it is compared with.
+        takes_temperature: else its hidden states are divided by the temperature beforehand.
         coarseness: times the limits of its errors: 16 for an fp8 head, whose numbers have 3 bits
             behind the point where bf16 has 7.
         may_refuse: an error of ours is the reason of an empty row, not a bug: its mode is forced.
@@ -74,6 +90,8 @@ class Candidate:
     note: str = ""
     obstacle: str = ""
     lacks: Mapping[str, str] = field(default_factory=dict)
+    objective: Objective = objective
+    takes_temperature: bool = True
     coarseness: float = 1.0
     may_refuse: bool = False
 
@@ -89,7 +107,8 @@ class Candidate:
 
     def inputs_of(self, inputs: Inputs) -> Inputs:
         """The inputs as it takes them: fewer than three products leave the head frozen."""
-        return inputs if self.num_products == 3 else inputs.with_frozen_head()
+        given = inputs if self.takes_temperature else inputs.at_temperature_one()
+        return given if self.num_products == 3 else given.with_frozen_head()
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -233,17 +252,6 @@ def fused_eager(inputs: Inputs) -> Result:
     """Mode one_pass with ordinary torch operations as row passes."""
     with without_compiler():
         return fused("one_pass", "torch")(inputs)
-
-
-def objective(inputs: Inputs, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
-    """The loss in plain torch on ``[T]`` vectors."""
-    ratio = torch.exp(logprobs - logprobs.detach())
-    adv = inputs.advantages
-    bracket = -torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
-    x = inputs.ref_logprobs - logprobs
-    bracket = bracket + KL_COEF * (torch.exp(x) - x - 1)
-    loss = (inputs.token_weights * bracket).sum()
-    return loss if entropy is None else loss + (inputs.entropy_weights * entropy).sum()
 
 
 def naive_logprobs(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,11 @@ class Inputs:
         """The same with a head that needs no gradient."""
         return replace(self, weight=self.weight.detach())
 
+    def at_temperature_one(self) -> Inputs:
+        """Hidden states divided by the temperature, for those that know none."""
+        scaled = (self.hidden.detach() / self.case.temperature).requires_grad_()
+        return replace(self, hidden=scaled, case=replace(self.case, temperature=1.0))
+
     def take(self, rows: slice | Tensor, scale: float = 1.0) -> Inputs:
         """Some rows alone, their weights times ``scale``."""
         names = ("hidden", "labels", "advantages", "ref_logprobs")

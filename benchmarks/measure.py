@@ -6,15 +6,14 @@ import gc
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 
 import crpo_kernels.call as kernel_call
 
-from .accuracy import error_inputs, errors, exact_results, what_is_wrong
-from .baselines import FLOORS, NAIVE, Candidate, naive
+from .accuracy import Truth
+from .baselines import FLOORS, NAIVE, Candidate
 from .cases import Case, Inputs, make_inputs
 from .clock import Clock, Times, measure_seconds, summary
 from .deadline import LATE, OutOfTime, at_most_seconds
@@ -25,38 +24,6 @@ ERROR_ROWS, ERROR_COLUMNS = 32, 4096
 NO_MEMORY = {"extra_bytes": 0, "peak_bytes": 0}  # bare products: their buffers exist already
 SHORTEST = 1e-9  # seconds: a clock that did not move must not end in a division by zero
 PRODUCTS_OF_A_CANDIDATE = 5  # times its floor that one takes at least, errors and rounds included
-
-
-class Truth:
-    """What is right on a few rows of the inputs, and how far off plain torch is there."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.few = error_inputs(inputs, min(ERROR_ROWS, inputs.case.num_rows))
-        self.results, self.columns, self.num_head = exact_results(self.few, None, ERROR_COLUMNS)
-        self.rivals: dict[bool, dict[str, dict]] = {}
-
-    def rival(self, with_entropy: bool) -> dict[str, dict]:
-        """Errors of plain torch in the same dtype on the same rows."""
-        if with_entropy not in self.rivals:
-            few, weights = self.few, self.few.entropy_weights
-            given = few if with_entropy else replace(few, entropy_weights=0 * weights)
-            self.rivals[with_entropy] = self._errors(naive(given), with_entropy)
-        return self.rivals[with_entropy]
-
-    def errors(self, candidate: Candidate) -> dict[str, dict]:
-        """Those of a candidate."""
-        got = candidate.step(candidate.inputs_of(self.few))
-        return self._errors(got, candidate.has_entropy_gradient)
-
-    def _errors(self, got: object, with_entropy: bool) -> dict[str, dict]:
-        return errors(got, self.results[with_entropy], self.columns, self.num_head)  # type: ignore[arg-type]
-
-    @cached_property
-    def entropy_quantiles(self) -> list[float]:
-        """The tenth and the ninetieth percentile in nats."""
-        entropy = self.results[True].entropy
-        assert entropy is not None, "the truth has everything"
-        return entropy.quantile(entropy.new_tensor([0.1, 0.9])).tolist()
 
 
 @dataclass
@@ -136,7 +103,7 @@ def measure(
     """
     say(f"{case.shape} {case.name}: inputs")
     inputs = make_inputs(case, device=clock.device) if make is None else make(case, clock.device)
-    truth = Truth(inputs)
+    truth = Truth(inputs, min(ERROR_ROWS, case.num_rows), ERROR_COLUMNS)
     found = Measurements(missing={c.key: why for c in candidates if (why := c.missing())})
     for candidate in candidates:
         if candidate.key in found.missing:
@@ -185,9 +152,7 @@ def look_at(
     """Errors and memory of one candidate; after it its code and buffers exist."""
     key = candidate.key
     if candidate.has_errors and not candidate.is_floor:
-        found.errors[key] = truth.errors(candidate)
-        rival = truth.rival(candidate.has_entropy_gradient)
-        found.wrong[key] = what_is_wrong(found.errors[key], rival, candidate.coarseness)
+        found.errors[key], found.wrong[key] = truth.errors(candidate)
         if found.wrong[key]:
             say(f"{candidate.title} is wrong: {found.wrong[key]}")
     found.memory[key], found.expected[key] = prepare(candidate, inputs, clock)
