@@ -71,7 +71,7 @@ def test_a_planted_fault_is_marked_with_value_and_limit(truths, kind, fault):
 def test_right_candidates_are_not_wrong(truths, kind):
     honest = {
         "plain": naive,
-        "in two products": lambda inputs: dense(inputs, lambda g, h, p: g + h),  # noqa: ARG005
+        "in two products": lambda inputs: dense(inputs, lambda g, h, p: g + h),
         "ours": baselines.fused("one_pass", "torch"),
         "recomputed": baselines.fused("two_pass", "torch", baselines.small_workspace),
     }
@@ -99,7 +99,7 @@ def test_wrong_values_are_marked_too(truths):
 
 
 def test_other_objectives_and_temperatures_have_their_own_truth(truths):
-    def mean_nll(inputs, logprobs, entropy):  # noqa: ARG001
+    def mean_nll(inputs, logprobs, entropy):
         return -logprobs.mean()
 
     def step(inputs):
@@ -117,7 +117,7 @@ def test_other_objectives_and_temperatures_have_their_own_truth(truths):
     assert "2, limit" in truths[torch.float32].errors(other)[1]  # 2 x the gradient, away from it
 
 
-def negated(inputs, logprobs, entropy):  # noqa: ARG001
+def negated(inputs, logprobs, entropy):
     return logprobs.mean()
 
 
