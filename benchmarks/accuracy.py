@@ -24,10 +24,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .baselines import Candidate, Objective, Result, gradients, naive_logprobs, objective
+from .baselines import (
+    Candidate,
+    Objective,
+    Result,
+    gradients,
+    naive_logprobs,
+    naive_scored,
+    objective,
+)
 from .cases import ENTROPY_WEIGHT, Inputs
 
-SLAB = 1 << 14  # rows of the head that are fp64 at once
+SLAB = 1 << 20  # elements of the head that are fp64 at once: they fit a cache
+DIMS = 256  # columns of d_hidden that are looked at, evenly spread
 TIMES = 5.0
 FLOORS = {  # nats; gradients relative to their rms
     "logprobs": {"max": 2e-2, "rms": 5e-3},
@@ -49,7 +58,8 @@ def error_inputs(inputs: Inputs, num_rows: int) -> Inputs:
 class Exact:
     """Log-probabilities, entropies and gradients of a few rows in fp64.
 
-    The weight becomes fp64 in slabs: memory is some fp64 [T, V], whatever D is.
+    The weight becomes fp64 in slabs: memory is some fp64 [T, V], whatever D is. Of d_hidden there
+    are about `DIMS` columns where ``columns`` is None: `every` th one.
 
     Args:
         inputs: the rows.
@@ -64,8 +74,9 @@ class Exact:
         log_p = (self.raw / inputs.case.temperature).log_softmax(1)
         self.logprobs = log_p.gather(1, inputs.labels.unsqueeze(1)).squeeze(1)
         self.entropy = -(log_p.exp() * log_p).sum(1)
-        self.num_head = 0
+        self.num_head, self.every = 0, 1
         if columns is None:
+            self.every = -(-self.hidden.shape[1] // DIMS)
             columns, self.num_head = chosen_columns(inputs.labels, log_p.detach(), num_tail)
         self.columns = columns
 
@@ -73,13 +84,33 @@ class Exact:
         """Of one objective; d_weight only of `columns`."""
         loss = objective(self.inputs, self.logprobs, self.entropy if with_entropy else None)
         (d_raw,) = torch.autograd.grad(loss, self.raw, retain_graph=True)
-        d_hidden = torch.zeros_like(self.hidden)
-        for first in range(0, self.weight.shape[0], SLAB):
-            slab = slice(first, first + SLAB)
-            d_hidden.addmm_(d_raw[:, slab], self.weight[slab].double())
+        d_hidden = torch.zeros_like(self.hidden[:, :: self.every])
+        for slab in slabs_of(self.weight):
+            d_hidden.addmm_(d_raw[:, slab], self.weight[slab, :: self.every].double())
         d_weight = d_raw[:, self.columns].t() @ self.hidden
-        values = self.logprobs.detach(), self.entropy.detach()
-        return Result(loss.detach(), d_hidden, d_weight, *values)
+        return replace(self.values(), loss=loss.detach(), d_hidden=d_hidden, d_weight=d_weight)
+
+    def values(self) -> Result:
+        """Without gradients."""
+        return Result(logprobs=self.logprobs.detach(), entropy=self.entropy.detach())
+
+    def errors(self, got: Result, truth: Result) -> dict[str, dict]:
+        """max, rms and for gradients bias of every quantity that a candidate tells."""
+        pairs = {
+            "logprobs": (got.logprobs, truth.logprobs),
+            "entropy": (got.entropy, truth.entropy),
+        }
+        if got.d_hidden is not None:
+            pairs["d_hidden"] = (got.d_hidden[:, :: self.every], truth.d_hidden)
+        if got.d_weight is not None and truth.d_weight is not None:
+            rows, head = got.d_weight[self.columns], self.num_head
+            pairs["d_weight"] = (rows[:head], truth.d_weight[:head])
+            pairs["d_weight_tail"] = (rows[head:], truth.d_weight[head:])
+        return {
+            name: differences(value, true, is_gradient=name.startswith("d_"))
+            for name, (value, true) in pairs.items()
+            if value is not None and true is not None and true.numel() > 0
+        }
 
 
 def chosen_columns(labels: Tensor, log_p: Tensor, num_tail: int) -> tuple[Tensor, int]:
@@ -117,14 +148,16 @@ class Truth:
     def errors(self, candidate: Candidate) -> tuple[dict[str, dict], str]:
         """Errors of a candidate, and what is wrong with them or ""."""
         exact = self.exact_of(candidate.takes_temperature)
-        key = candidate.has_entropy_gradient, candidate.takes_temperature, candidate.objective
+        kind: tuple = (candidate.num_products == 1,)
+        if candidate.num_products > 1:
+            kind += (candidate.has_entropy_gradient, candidate.objective)
+        key = candidate.takes_temperature, *kind
         if key not in self.known:
-            truth = exact.result(candidate.has_entropy_gradient, candidate.objective)
-            rival = plain_result(exact.inputs, candidate.has_entropy_gradient, candidate.objective)
-            self.known[key] = truth, errors(rival, truth, exact.columns, exact.num_head)
+            truth = exact.result(*kind[1:]) if kind[1:] else exact.values()
+            rival = plain_result(exact.inputs, *kind[1:])
+            self.known[key] = truth, exact.errors(rival, truth)
         truth, rival_errors = self.known[key]
-        got = candidate.step(candidate.inputs_of(self.few))
-        found = errors(got, truth, exact.columns, exact.num_head)
+        found = exact.errors(candidate.step(candidate.inputs_of(self.few)), truth)
         return found, what_is_wrong(found, rival_errors, candidate.coarseness)
 
     @cached_property
@@ -134,37 +167,29 @@ class Truth:
         return entropy.quantile(entropy.new_tensor([0.1, 0.9])).tolist()
 
 
-def plain_result(inputs: Inputs, with_entropy: bool, objective: Objective) -> Result:
-    """Plain torch in the dtype of the inputs."""
+def plain_result(
+    inputs: Inputs, with_entropy: bool = True, objective: Objective | None = None
+) -> Result:
+    """Plain torch in the dtype of the inputs; without an objective no gradients."""
+    if objective is None:
+        return naive_scored(inputs)
     logprobs, entropy = naive_logprobs(inputs)
     loss = objective(inputs, logprobs, entropy if with_entropy else None)
     return Result(loss, *gradients(loss, inputs), logprobs.detach(), entropy.detach())
 
 
+def slabs_of(weight: Tensor) -> list[slice]:
+    """Rows of ``weight`` ``[V, D]`` that are taken at once."""
+    size = max(1, SLAB // weight.shape[1])
+    return [slice(first, first + size) for first in range(0, weight.shape[0], size)]
+
+
 def exact_logits(hidden: Tensor, weight: Tensor) -> Tensor:  # [T, V]
     """``hidden`` ``[T, D]`` in fp64 times the head ``[V, D]`` of any dtype."""
     raw = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    for first in range(0, weight.shape[0], SLAB):
-        raw[:, first : first + SLAB] = hidden @ weight[first : first + SLAB].double().t()
+    for slab in slabs_of(weight):
+        raw[:, slab] = hidden @ weight[slab].double().t()
     return raw
-
-
-def errors(got: Result, truth: Result, columns: Tensor, num_head: int) -> dict[str, dict]:
-    """max, rms and for gradients bias of every quantity that a candidate tells."""
-    pairs = {
-        "logprobs": (got.logprobs, truth.logprobs),
-        "entropy": (got.entropy, truth.entropy),
-        "d_hidden": (got.d_hidden, truth.d_hidden),
-    }
-    if got.d_weight is not None and truth.d_weight is not None:
-        rows = got.d_weight[columns]
-        pairs["d_weight"] = (rows[:num_head], truth.d_weight[:num_head])
-        pairs["d_weight_tail"] = (rows[num_head:], truth.d_weight[num_head:])
-    return {
-        name: differences(value, true, is_gradient=name.startswith("d_"))
-        for name, (value, true) in pairs.items()
-        if value is not None and true is not None and true.numel() > 0
-    }
 
 
 def differences(value: Tensor, truth: Tensor, *, is_gradient: bool) -> dict[str, float]:
@@ -182,7 +207,7 @@ def what_is_wrong(found: dict[str, dict], rival: dict[str, dict], coarseness: fl
     """The worst error beyond its limit with that limit, or "".
 
     Args:
-        found: of the candidate, as from `errors`.
+        found: of the candidate, as from `Exact.errors`.
         rival: of plain torch, the same quantities.
         coarseness: times the limits.
     """

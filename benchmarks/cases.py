@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ SPECTRUM = "spectrum"
 NUM_SEQUENCES = 8
 ENTROPY_WEIGHT = 0.02  # of a token's entropy beside its policy term
 BEND = 32  # singular values of the head fall as (1 + k / BEND) ** -0.5
+SLAB = 1 << 20  # elements of the head that are made at once
 COMPETITORS = 4  # tokens that share a row's probability
 
 
@@ -153,9 +155,7 @@ def make_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu") -
     """
     g = torch.Generator(device).manual_seed(seed)
     at = {"generator": g, "device": device}
-    falling = (1 + torch.arange(case.dim, device=device) / BEND).rsqrt()
-    falling /= falling.square().sum().sqrt()
-    weight = torch.randn(case.vocab_size, case.dim, **at).mul_(falling)  # rows of length about 1
+    weight = random_head(case, seed, torch.device(device))
     competitors = torch.randint(0, case.vocab_size, (case.num_rows, COMPETITORS), **at)
     # logits: the first competitor lies 2 to 8 nats above what all other tokens sum to
     peak = math.log(case.vocab_size) + 2.0 + 6 * torch.rand(case.num_rows, 1, **at)
@@ -163,11 +163,31 @@ def make_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu") -
         0.2 + 3 * torch.rand(case.num_rows, 1, **at).square()
     )
     strength = case.temperature * (peak - gaps)  # [T, 4]
-    hidden = (weight[competitors] * strength.unsqueeze(2)).sum(1)  # [T, D]
+    hidden = (weight[competitors].float() * strength.unsqueeze(2)).sum(1)  # [T, D]
     shares = torch.tensor([0.5, 0.25, 0.15, 0.1], device=device)
     picks = torch.multinomial(shares, case.num_rows, True, generator=g)
     labels = competitors.gather(1, picks.unsqueeze(1)).squeeze(1)  # [T]
     return with_weights(case, hidden, weight, labels, g)
+
+
+def random_head(case: Case, seed: int, device: torch.device) -> Tensor:  # [V, D]
+    """Rows of length about 1 whose spectrum falls off, in the dtype of the case.
+
+    Made in slabs with a generator each: on a CPU, whose generators have one thread, side by side.
+    """
+    falling = (1 + torch.arange(case.dim, device=device) / BEND).rsqrt()
+    falling /= falling.square().sum().sqrt()
+    weight = torch.empty(case.vocab_size, case.dim, dtype=case.dtype, device=device)
+    slabs = weight.split(max(1, SLAB // case.dim))
+
+    def fill(number: int) -> None:
+        slab, generator = slabs[number], torch.Generator(device)
+        generator.manual_seed(seed * len(slabs) + number)
+        slab.copy_(torch.randn(slab.shape, generator=generator, device=device).mul_(falling))
+
+    with ThreadPoolExecutor(torch.get_num_threads() if device.type == "cpu" else 1) as pool:
+        list(pool.map(fill, range(len(slabs))))
+    return weight
 
 
 def with_weights(

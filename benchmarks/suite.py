@@ -7,12 +7,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from . import against, loss_plot, plot
 from .baselines import Candidate
-from .cases import Case, Inputs
+from .cases import DTYPES, Case, Inputs
 from .clock import Clock
 from .machine import machine
 from .measure import measure, release
@@ -95,8 +96,31 @@ def measure_cases(
 def cases_with_inputs(
     options: argparse.Namespace,
 ) -> list[tuple[Case, Callable[[Case, torch.device], Inputs] | None]]:
-    """Every case and where its inputs come from, None for the spectrum."""
-    return [(case, None) for case in cases_of(options)]
+    """Every case and where its inputs come from, None for the spectrum.
+
+    Raises:
+        SystemExit: the model of --inputs cannot be used.
+    """
+    if options.inputs is None:
+        return [(case, None) for case in cases_of(options)]
+    from .checkpoint import checkpoint_case, checkpoint_inputs  # transformers takes seconds
+
+    pairs = []
+    for name in options.dtype:
+        try:
+            case, model, tokenizer = checkpoint_case(
+                options.inputs, options.rows, options.device, DTYPES[name]
+            )
+        except ValueError as reason:
+            raise SystemExit(f"--inputs: {str(reason).removeprefix('model.path: ')}") from reason
+        make = partial(
+            checkpoint_inputs,
+            model=model,
+            tokenizer=tokenizer,
+            is_sampled=options.labels == "sampled",
+        )
+        pairs.append((case, make))
+    return pairs
 
 
 def wanted(candidates: list[Candidate], only: list[str] | None) -> list[Candidate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import log
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def dense(inputs: Inputs, change) -> Result:
         baselines.objective(inputs, picked, None), raw, retain_graph=True
     )
     (entropic,) = torch.autograd.grad((inputs.entropy_weights * own).sum(), raw)
-    d_raw = change(policy, entropic, log_p.detach().exp()).to(inputs.hidden.dtype)
+    is_kept = log_p.detach() > log(PEAKED)
+    is_kept[torch.arange(len(picked)), inputs.labels] = True  # a filter knows the labels
+    d_raw = change(policy, entropic, is_kept).to(inputs.hidden.dtype)
     return Result(
         None,
         d_raw @ inputs.weight.detach(),
@@ -38,12 +41,12 @@ def dense(inputs: Inputs, change) -> Result:
 
 
 FAULTS = {
-    "filter": (lambda g, h, p: torch.where(p < PEAKED, 0.0, g + h), "d_weight_tail"),
-    "entropy_filter": (lambda g, h, p: g + torch.where(p < PEAKED, 0.0, h), "d_weight_tail"),
-    "entropy_scaled": (lambda g, h, p: g + 0.85 * h, "bias"),
-    "entropy_detached": (lambda g, h, p: g, "d_"),
-    "half_the_rows": (lambda g, h, p: (g + h) * (torch.arange(len(p)) % 2).unsqueeze(1), "d_"),
-    "nan": (lambda g, h, p: (g + h) / 0.0 * 0.0, "not finite"),
+    "filter": (lambda g, h, k: torch.where(k, g + h, 0.0), "d_weight_tail"),
+    "entropy_filter": (lambda g, h, k: g + torch.where(k, h, 0.0), "d_weight_tail"),
+    "entropy_scaled": (lambda g, h, k: g + 0.85 * h, "bias"),
+    "entropy_detached": (lambda g, h, k: g, "d_"),
+    "half_the_rows": (lambda g, h, k: (g + h) * (torch.arange(len(k)) % 2).unsqueeze(1), "d_"),
+    "nan": (lambda g, h, k: (g + h) / 0.0 * 0.0, "not finite"),
 }
 
 
@@ -71,7 +74,7 @@ def test_a_planted_fault_is_marked_with_value_and_limit(truths, kind, fault):
 def test_right_candidates_are_not_wrong(truths, kind):
     honest = {
         "plain": naive,
-        "in two products": lambda inputs: dense(inputs, lambda g, h, p: g + h),
+        "in two products": lambda inputs: dense(inputs, lambda g, h, k: g + h),
         "ours": baselines.fused("one_pass", "torch"),
         "recomputed": baselines.fused("two_pass", "torch", baselines.small_workspace),
     }
