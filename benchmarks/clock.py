@@ -23,6 +23,7 @@ from .cases import Inputs
 from .deadline import LATE, OutOfTime, at_most_seconds
 
 KINDS = ("warm", "cold")
+NO_COLD = f"{LATE}; the warm step followed another candidate's instead of its own"
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 ASSUMED_CACHE = 256 << 20  # where a machine does not tell; more than the caches of most
@@ -105,8 +106,8 @@ def measure_seconds(
         rounds: of candidates that do not want fewer.
         say: told of every step.
         expected: seconds of a step of each candidate, for `until`.
-        until: `time.monotonic` after which nothing begins; candidates that would not be done by
-            then skip the round. First to go are further rounds, then cold steps, then candidates.
+        until: `time.monotonic`; candidates that would not be done by then skip the round. First to
+            go are further rounds, then cold steps, then candidates.
     """
     times: Times = {candidate.key: {kind: [] for kind in KINDS} for candidate in candidates}
     missing: dict[str, str] = {}
@@ -116,11 +117,8 @@ def measure_seconds(
             if key in missing or turn >= wanted:
                 continue
             given = candidate.inputs_of(inputs)
-            for kind in reversed(KINDS):
+            for kind in kinds_in_time(until - time.monotonic(), expected[key], turn):
                 left = until - time.monotonic()
-                steps = 2 if kind == "cold" else 1
-                if left < steps * expected[key] and (turn > 0 or kind == "cold" or left < 0):
-                    continue
                 try:
                     seconds = timed(candidate, given, clock, kind, left)
                 except (Exception, OutOfTime) as error:
@@ -134,6 +132,16 @@ def measure_seconds(
         if not found["warm"] and key not in missing:
             missing[key] = LATE
     return times, missing
+
+
+def kinds_in_time(left: float, expected: float, turn: int) -> tuple[str, ...]:
+    """The steps of a candidate in a round: both; in the first, when time is short, a single one.
+
+    That one follows another candidate's step instead of its own.
+    """
+    if left >= 2 * expected:
+        return "cold", "warm"
+    return ("warm",) if turn == 0 and left > 0 else ()
 
 
 def timed(candidate: Candidate, given: Inputs, clock: Clock, kind: str, left: float) -> float:

@@ -15,7 +15,7 @@ import crpo_kernels.call as kernel_call
 from .accuracy import Truth
 from .baselines import FLOORS, NAIVE, Candidate
 from .cases import Case, Inputs, make_inputs
-from .clock import Clock, Times, measure_seconds, summary
+from .clock import NO_COLD, Clock, Times, measure_seconds, summary
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .memory import memory_of
 from .output import say
@@ -58,7 +58,7 @@ class Measurements:
             "tflops": products * case.product_flops / own / 1e12,
             **self.memory[key],
             "errors": finite(self.errors.get(key, {})),
-            "lacks": {**({} if self.times[key]["cold"] else {"cold": LATE}), **candidate.lacks},
+            "lacks": {**({} if self.times[key]["cold"] else {"cold": NO_COLD}), **candidate.lacks},
             "has_entropy_gradient": candidate.has_entropy_gradient,
             "wrong": self.wrong.get(key, ""),
         }
