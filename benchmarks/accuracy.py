@@ -148,13 +148,14 @@ class Truth:
     def errors(self, candidate: Candidate) -> tuple[dict[str, dict], str]:
         """Errors of a candidate, and what is wrong with them or ""."""
         exact = self.exact_of(candidate.takes_temperature)
-        kind: tuple = (candidate.num_products == 1,)
-        if candidate.num_products > 1:
-            kind += (candidate.has_entropy_gradient, candidate.objective)
-        key = candidate.takes_temperature, *kind
+        has_gradients, flag = candidate.num_products > 1, candidate.has_entropy_gradient
+        kind = (flag, candidate.objective) if has_gradients else None
+        key = candidate.takes_temperature, kind
         if key not in self.known:
-            truth = exact.result(*kind[1:]) if kind[1:] else exact.values()
-            rival = plain_result(exact.inputs, *kind[1:])
+            truth = exact.values() if kind is None else exact.result(*kind)
+            rival = (
+                naive_scored(exact.inputs) if kind is None else plain_result(exact.inputs, *kind)
+            )
             self.known[key] = truth, exact.errors(rival, truth)
         truth, rival_errors = self.known[key]
         found = exact.errors(candidate.step(candidate.inputs_of(self.few)), truth)
@@ -167,12 +168,8 @@ class Truth:
         return entropy.quantile(entropy.new_tensor([0.1, 0.9])).tolist()
 
 
-def plain_result(
-    inputs: Inputs, with_entropy: bool = True, objective: Objective | None = None
-) -> Result:
-    """Plain torch in the dtype of the inputs; without an objective no gradients."""
-    if objective is None:
-        return naive_scored(inputs)
+def plain_result(inputs: Inputs, with_entropy: bool, objective: Objective) -> Result:
+    """Plain torch in the dtype of the inputs."""
     logprobs, entropy = naive_logprobs(inputs)
     loss = objective(inputs, logprobs, entropy if with_entropy else None)
     return Result(loss, *gradients(loss, inputs), logprobs.detach(), entropy.detach())

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def run_suite(
         print(reason)
         return 2
     until = time.monotonic() + seconds_of(options, cpu_seconds)
-    report = {"command": command, **measure_kind(options, until)}
+    report: dict[str, Any] = {"command": command, **measure_kind(options, until)}
     files = plot.write(report, options.out / f"{kind}_{options.device}")
     print(loss_plot.page(report))
     print("written:", *files)
@@ -71,7 +72,7 @@ def measure_cases(
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = device_of(options)
     pairs = cases_with_inputs(options)
-    report = {"kind": kind, "machine": machine(device), "cases": [], "targets": []}
+    report: dict[str, Any] = {"kind": kind, "machine": machine(device), "cases": [], "targets": []}
     for place, (case, make) in enumerate(pairs):
         left, others = until - time.monotonic(), len(pairs) - place - 1
         first = FIRST_SHARE if place == 0 else 1.0
@@ -105,7 +106,7 @@ def cases_with_inputs(
         return [(case, None) for case in cases_of(options)]
     from .checkpoint import checkpoint_case, checkpoint_inputs  # transformers takes seconds
 
-    pairs = []
+    pairs: list[tuple[Case, Callable[[Case, torch.device], Inputs] | None]] = []
     for name in options.dtype:
         try:
             case, model, tokenizer = checkpoint_case(
