@@ -142,11 +142,16 @@ def names(cases: list[Row]) -> str:
 
 def how_to_ask(case: Row) -> str:
     """What makes a run of this shape."""
-    sizes = [f"--{name} {case[key]}" for name, key in SIZES.items() if case.get(key)]
-    return f"Type {' '.join(sizes)}" if sizes else "Run it with the options in that file's command."
+    if str(case.get("inputs", "")).startswith("checkpoint"):
+        return f"Type --inputs <folder of that {case['inputs']}> --rows {case.get('rows_t')}"
+    words = [f"--{name} {case[key]}" for name, key in SIZES.items() if case.get(key)]
+    if case["name"] != "own":
+        words = [f"--shape {case['name']}", *(w for w in words if w.startswith(NAMED))]
+    return f"Type {' '.join(words)}"
 
 
 SIZES = {"rows": "rows_t", "vocab": "vocab", "dim": "dim", "dtype": "dtype"}
+NAMED = ("--rows", "--dtype")  # what a named shape leaves open
 
 
 def not_compared(new: Row, old: Row) -> Iterator[str]:
@@ -238,7 +243,12 @@ def larger_errors(new: Row, old: Row) -> Iterator[str]:
         if not found:
             yield f"no {name} error any more"
             continue
-        for kind, value in values.items():
-            was, now = float(value), float(found.get(kind, math.nan))
+        for kind in ("rms", "max"):
+            was, now = number(values.get(kind)), number(found.get(kind))
             if not math.isnan(was) and not now <= WORSE * was:
                 yield f"{name} {kind} error {error(was)} to {error(now)}, limit x{WORSE}"
+
+
+def number(value: float | str | None) -> float:
+    """An error of a JSON file, in which None and text stand for what is not finite."""
+    return math.nan if value is None else float(value)

@@ -21,9 +21,10 @@ QUANTITIES = {  # of `errors`, with their names here
     "entropy": "entropy error",
     "d_hidden": "dH error",
     "d_weight": "dW error",
+    "d_weight_tail": "dW error, rare tokens",
 }
 FLOOR_HAS_NONE = "bare products alone: no loss and nothing beyond inputs and outputs"
-NOT_REPORTED = "not among what this candidate returns"
+TIMES = ("warm", "cold", "floor_share", "tflops")  # columns that a run without a claim leaves out
 MET = {True: "yes", False: "**no**", None: "no claim"}
 
 
@@ -59,11 +60,10 @@ def mebibytes(size: float) -> str:
 
 
 def error(value: float | str | None) -> str:
-    """Two digits; text of a file that has no NaN stays."""
-    if value is None:
-        return "-"
-    if isinstance(value, str) or not math.isfinite(value):
-        return str(value)
+    """Two digits; None and text stand for what JSON has no numbers for."""
+    if value is None or not math.isfinite(float(value)):
+        return "not finite" if value is None else str(value)
+    value = float(value)
     mantissa, exponent = f"{value:.1e}".split("e")
     return "0" if value == 0 else f"{mantissa}e{int(exponent)}"
 
@@ -120,6 +120,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str | None]]] = {
     "peak_bytes": ("peak MiB", _peak),
     **{name: (f"{title}, rms / max", _errors(name)) for name, title in QUANTITIES.items()},
     "entropy_gradient": ("entropy gradient", _entropy_gradient),
+    "target": ("targets", lambda row: row.get("target", "-")),
 }
 
 
@@ -135,30 +136,51 @@ def title_of(row: Row, notes: Notes) -> str:
     return " ".join([name, *marks]).replace("|", "/")
 
 
+def why_not(row: Row, column: str) -> str:
+    """Why a column of a row is empty."""
+    if row.get("lacks", {}).get(column):
+        return row["lacks"][column]
+    if row["kind"] == "floor" and column not in TIMES:
+        return FLOOR_HAS_NONE
+    if column == "cold":
+        return "no time was left for a cold run"
+    if column in ("floor_share", "tflops"):
+        return "its floor was not measured"
+    if column == "peak_bytes" or not row.get("errors"):
+        return "not measured of this candidate"
+    if column.startswith("d_") and row.get("num_products", 3) < 3:
+        return "frozen head: no dW" if row["num_products"] == 2 else "scoring: no gradients"
+    return "not among what this candidate returns"
+
+
 def cells(row: Row, notes: Notes, columns: list[str]) -> list[str]:
     """The columns of one row; a "-" carries the number of its reason."""
     title = title_of(row, notes)
     if "missing" in row:
         return [title, f"- {notes.mark(row['missing'])}", *["-"] * (len(columns) - 1)]
-    found = [title]
-    for name in columns:
-        cell, reason = COLUMNS[name][1](row), row.get("lacks", {}).get(name)
-        if cell is None or (reason and name != "entropy_gradient"):
-            default = FLOOR_HAS_NONE if row["kind"] == "floor" else NOT_REPORTED
-            cell = f"- {notes.mark(reason or default)}"
-        elif reason:
-            cell = f"{cell} {notes.mark(reason)}"
-        found.append(cell)
-    return found
+    return [title, *(cell(row, notes, name) for name in columns)]
+
+
+def cell(row: Row, notes: Notes, column: str) -> str:
+    """One column of one row that ran."""
+    found, reason = COLUMNS[column][1](row), row.get("lacks", {}).get(column)
+    if row.get("has_no_claim") and column in TIMES:
+        return f"- {notes.mark(row['has_no_claim'])}"
+    if column == "entropy_gradient" and found is not None:
+        return f"{found} {notes.mark(reason)}" if reason else found
+    return f"- {notes.mark(why_not(row, column))}" if found is None or reason else found
 
 
 def columns_of(case: Row) -> list[str]:
-    """The columns that some row has: scoring has no gradients."""
+    """The columns that some row has: scoring has no gradients, few runs have targets."""
     rows = [row for row in case["rows"] if "missing" not in row]
-    gradients = {"d_hidden", "d_weight", "entropy_gradient"}
+    dropped = {"d_hidden", "d_weight", "entropy_gradient"}
     if any(row.get("num_products", 3) > 1 for row in rows):
-        gradients = set()
-    return [name for name in COLUMNS if name not in gradients]
+        dropped = set()
+    for name, of in {"d_weight_tail": "errors", "target": ""}.items():
+        if not any(name in (row.get(of, {}) if of else row) for row in rows):
+            dropped.add(name)
+    return [name for name in COLUMNS if name not in dropped]
 
 
 def table(case: Row) -> str:

@@ -129,7 +129,7 @@ def test_rows_that_were_not_asked_for_are_not_missed(capsys: pytest.CaptureFixtu
         ),
         (
             {"cases": [report_cases.case("ragged", 509, 1000)]},
-            "spectrum (o.json). Type --rows 509 --vocab 151936 --dim 1000 --dtype bfloat16",
+            "spectrum (o.json). Type --shape ragged --rows 509 --dtype bfloat16",
         ),
     ],
 )
