@@ -10,10 +10,11 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import dual, gpu_gate, loss_plot, plot, quickstart
+from . import dual, gpu_gate, plot, quickstart
 from .output import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,25 +105,51 @@ def _run(name: str) -> str:
     )
 
 
-def loss_block() -> str:
-    """The first shape of `python -m benchmarks loss --device cpu`, the others in a line each."""
-    report = load("loss_cpu")
-    return NOT_MEASURED if report is None else loss_plot.readme_block(report, "loss_cpu")
+MEASURED = {  # blocks that a command of the same name fills, with the picture's words
+    "loss": "Milliseconds of each candidate, with the floor",
+    "score": "Milliseconds of scoring without gradients, with the floor",
+    "memory": "Bytes of each moment against its bound",
+    "growth": "Seconds and bytes against tokens, vocabulary and width",
+    "rollout": "Tokens per second of the engines",
+    "step": "Seconds of one optimizer step by part",
+}
+
+
+def measured_block(name: str, device: str = "cpu") -> str:
+    """What a command measured on a device, as its drawer shows it; else what to type."""
+    report, stem = load(f"{name}_{device}"), f"{name}_{device}"
+    if report is None or "kind" not in report:
+        return f"{NOT_MEASURED} `python -m benchmarks {name} --device {device}` makes this part."
+    module = plot.drawer(report)
+    if hasattr(module, "readme_block"):
+        return module.readme_block(report, stem).strip()
+    text = without_title(module.page(report))
+    picture = f"benchmarks/results/{stem}.svg"
+    return text if picture in text else f"{text}\n\n![{MEASURED[name]}]({picture})"
+
+
+def without_title(page: str) -> str:
+    """A page as part of a section: no title, smaller headings."""
+    return re.sub(r"\A#.*\n+", "", page).replace("\n## ", "\n#### ").strip()
 
 
 def gpu_block() -> str:
-    """The page of the committed run of `python -m benchmarks gpu-gate`; a rehearsal is none."""
-    report = load("gpu_gate")
-    if report is None or report["note"]:
-        return GPU_NOT_MEASURED
-    return re.sub(r"\A#.*\n+", "", gpu_gate.page(report)).replace("\n## ", "\n#### ").strip()
+    """The page of the committed run of `python -m benchmarks gpu-gate` and the GPU's reports.
+
+    A rehearsal is none.
+    """
+    gate = load("gpu_gate")
+    parts = [] if gate is None or gate["note"] else [without_title(gpu_gate.page(gate))]
+    found = [name for name in MEASURED if load(f"{name}_cuda") is not None]
+    parts += [f"#### {name}\n\n{measured_block(name, 'cuda')}" for name in found]
+    return "\n\n".join(parts) or GPU_NOT_MEASURED
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_block,
     "dual": dual_block,
     "smollm2": smollm2_block,
-    "loss": loss_block,
+    **{name: partial(measured_block, name) for name in MEASURED},
     "gpu": gpu_block,
 }
 
@@ -137,7 +164,7 @@ def fill(text: str) -> str:
 
 
 def write() -> None:
-    """Rewrite README.md, and what is drawn of each result file."""
+    """Draw every result file again, and rewrite README.md."""
     for file in plot.committed():
         plot.draw(plot.read(file), file.with_suffix(""))
     page = ROOT / "README.md"
@@ -149,6 +176,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> int:  # noqa: ARG001
-    """Rewrite README.md."""
+    """Rewrite what is drawn of results, and README.md."""
     write()
     return 0

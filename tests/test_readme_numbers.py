@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import readme
+import report_cases
+from benchmarks import plot, readme
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -23,11 +24,41 @@ def test_every_block_is_there_once(name: str) -> None:
 
 
 def test_a_changed_number_is_noticed() -> None:
-    number = re.search(r"<!-- loss -->.*?(\d\.\d+)", TEXT, re.DOTALL)
-    if number is None or readme.load("loss_cpu") is None:
-        pytest.skip("the loss is not measured yet")
+    number = re.search(r"<!-- quickstart -->.*?(\d\d\.\d)", TEXT, re.DOTALL)
+    assert number is not None
     changed = TEXT[: number.start(1)] + "9.99" + TEXT[number.end(1) :]
     assert readme.fill(changed) == TEXT
+
+
+@pytest.mark.parametrize("file", plot.committed(), ids=lambda file: file.stem)
+def test_what_is_drawn_of_a_result_is_what_its_file_says(file: Path, tmp_path: Path) -> None:
+    drawn = plot.draw(plot.read(file), tmp_path / file.stem)
+    assert {path.name for path in drawn} == {
+        path.name
+        for path in file.parent.glob(f"{file.stem}*")
+        if path.suffix in (".md", ".svg", ".csv")
+    }
+    for path in drawn:
+        text = (file.parent / path.name).read_text(encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == text, "run `python -m benchmarks plot`"
+
+
+def test_a_block_is_what_its_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    command = "`python -m benchmarks loss --device cpu`"
+    assert readme.BLOCKS["loss"]() == f"{readme.NOT_MEASURED} {command} makes this part."
+    plot.write(report_cases.report(), tmp_path / "loss_cpu")
+    block = readme.BLOCKS["loss"]()
+    assert "| **crpo_kernels, one pass** | 1250 (1238 .. 1275) | 1375 | 96 | 0.80 | 320 |" in block
+    assert "| qwen3-8b: T128 V151936 D4096 bfloat16 | 1200 | **crpo_kernels, one pass** |" in block
+    assert block.count("| **crpo_kernels, one pass** | 1250 (1238 .. 1275) | 1375") == 1
+    assert "(benchmarks/results/loss_cpu.svg)" in block
+    assert "not measured" not in block.lower()
+    assert readme.gpu_block() == readme.GPU_NOT_MEASURED
+    report = report_cases.report("score", is_gpu=True)
+    plot.write(report, tmp_path / "score_cuda")
+    assert readme.gpu_block().startswith("#### score\n\n`python -m benchmarks score")
+    assert "Some GPU, 80.0 GiB, driver 1.2, CUDA 13.0" in readme.gpu_block()
 
 
 def test_no_gpu_number_without_a_result_file() -> None:
@@ -35,7 +66,10 @@ def test_no_gpu_number_without_a_result_file() -> None:
         assert readme.GPU_NOT_MEASURED not in TEXT
         return
     assert readme.GPU_NOT_MEASURED in TEXT
-    assert re.findall(r"\d ?ms\b|\b(?:H100|H200|A100|B200|MI300X?)\b", TEXT) == []
+    text = TEXT
+    for name in readme.MEASURED:  # of a CPU
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", "", text, flags=re.DOTALL)
+    assert re.findall(r"\d ?ms\b|\b(?:H100|H200|A100|B200|MI300X?)\b", text) == []
 
 
 def test_a_rehearsal_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
