@@ -47,7 +47,7 @@ def document(report: Row, cases: list[Row]) -> str:
     for case in cases:
         panels += panel(case, y)
         y += PANEL + max(1, len(case.get("rows", ()))) * (BAR + GAP)
-    title = f"{report['kind']}: ms, % of the floor, peak MiB beyond inputs and outputs"
+    title = f"{report['kind']}: ms, % of floor, peak MiB beyond inputs and outputs"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 8}" role="img">',

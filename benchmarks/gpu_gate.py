@@ -27,7 +27,7 @@ import torch
 
 from crpo_kernels.support import INTERPRETER, asks_for_interpreter, triton_obstacle
 
-from . import gpu_behaviour, gpu_precision, gpu_table, loss_plot, plot
+from . import bars, gpu_behaviour, gpu_precision, gpu_table, loss_plot, plot
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .gpu_report import Part, plain
 from .gpu_scale import Scale, real_scale, rehearsal_scale
@@ -133,6 +133,7 @@ def run_parts(names: list[str], scale: Scale, options: argparse.Namespace, comma
         torch.cuda.init()
     report: dict[str, Any] = {
         "command": command,
+        "kind": "gpu-gate",
         "note": NO_CLAIM if scale.is_rehearsal else "",
         "device": "",
         "machine": machine(scale.device),
@@ -200,6 +201,16 @@ def page(report: dict) -> str:
     failed = [name for name, part in report["parts"].items() if part["has_failed"]]
     verdict = f"FAILED: {', '.join(failed)}" if failed else f"Passed in {report['seconds']} s."
     return "\n\n".join([*lines, "\n".join(found), verdict])
+
+
+def svg(report: dict) -> str:
+    """The tables as bars; nothing of a rehearsal, whose times mean nothing."""
+    return "" if report["note"] or not tables(report) else bars.document(report, tables(report))
+
+
+def csv_rows(report: dict) -> list[dict]:
+    """The rows of the tables, flat."""
+    return loss_plot.csv_rows({**report, "cases": tables(report)})
 
 
 def sweep_table(rows: list[dict]) -> str:

@@ -24,7 +24,7 @@ QUANTITIES = {  # of `errors`, with their names here
     "d_weight_tail": "dW error, rare tokens",
 }
 FLOOR_HAS_NONE = "bare products alone: no loss and nothing beyond inputs and outputs"
-TIMES = ("warm", "cold", "floor_share", "tflops")  # columns that a run without a claim leaves out
+TIMES = ("warm", "cold", "floor_share", "tflops")  # columns that bare products have as well
 MET = {True: "yes", False: "**no**", None: "no claim"}
 
 
@@ -164,8 +164,6 @@ def cells(row: Row, notes: Notes, columns: list[str]) -> list[str]:
 def cell(row: Row, notes: Notes, column: str) -> str:
     """One column of one row that ran."""
     found, reason = COLUMNS[column][1](row), row.get("lacks", {}).get(column)
-    if row.get("has_no_claim") and column in TIMES:
-        return f"- {notes.mark(row['has_no_claim'])}"
     if column == "entropy_gradient" and found is not None:
         return f"{found} {notes.mark(reason)}" if reason else found
     return f"- {notes.mark(why_not(row, column))}" if found is None or reason else found

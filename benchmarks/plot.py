@@ -50,8 +50,8 @@ def draw(report: dict[str, Any], stem: Path) -> list[Path]:
     for path, text in texts.items():
         if text:
             path.write_text(text, encoding="utf-8")
-        elif path == shapes:
-            path.unlink(missing_ok=True)  # of an earlier run with more shapes
+        else:
+            path.unlink(missing_ok=True)  # of an earlier run that had something to draw there
     table = stem.with_suffix(".csv")
     write_csv(table, module.csv_rows(report))
     return [*(path for path, text in texts.items() if text), table]

@@ -140,6 +140,8 @@ def gpu_block() -> str:
     """
     gate = load("gpu_gate")
     parts = [] if gate is None or gate["note"] else [without_title(gpu_gate.page(gate))]
+    if parts and gate and gpu_gate.tables(gate):
+        parts.append("![Milliseconds by shape, with the floor](benchmarks/results/gpu_gate.svg)")
     found = [name for name in MEASURED if load(f"{name}_cuda") is not None]
     parts += [f"#### {name}\n\n{measured_block(name, 'cuda')}" for name in found]
     return "\n\n".join(parts) or GPU_NOT_MEASURED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -73,17 +72,19 @@ def test_no_gpu_number_without_a_result_file() -> None:
 
 
 def test_a_rehearsal_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"key": "products", "title": "three", "missing": "x", "note": ""}]
-    gpu = {"name": "Some GPU", "memory_gib": 1, "driver": "2", "cuda": "3", "clocks_and_power": "4"}
-    machine = {"date": "d", "commit": "e", "python": "f", "versions": {}, "gpu": gpu}
-    table = {"rows": rows, "targets": [], "stands_for": "T1", "case": "T1"}
-    part = {"tables": [table], "checks": [], "not_run": [], "has_failed": False, "error": ""}
-    report = {"note": "", "command": "c", "machine": machine, "parts": {"table": part}}
-    report |= {"device": "Some GPU", "seconds": 1.0}
+    found = {**report_cases.case(), "targets": []}
+    found["stands_for"] = found["case"]
+    part = {"tables": [found], "checks": [], "not_run": [], "has_failed": False, "error": ""}
     part["seconds"] = 1.0
+    report = {**report_cases.report("gpu-gate", is_gpu=True), "parts": {"table": part}}
+    report |= {"note": "", "device": "Some GPU"}
+    del report["cases"]
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    file = tmp_path / "gpu_gate.json"
-    file.write_text(json.dumps(report), encoding="utf-8")
-    assert "Some GPU, 1 GiB, driver 2, CUDA 3" in readme.gpu_block()
-    file.write_text(json.dumps({**report, "note": "rehearsal"}), encoding="utf-8")
+    plot.write(report, tmp_path / "gpu_gate")
+    block = readme.gpu_block()
+    assert "Some GPU, 80.0 GiB, driver 1.2, CUDA 13.0" in block
+    assert "| **crpo_kernels, one pass** | 1250 (1238 .. 1275) | 1375 | 96 | 0.80 | 320 |" in block
+    assert "1250 ms, 96 %, 320 MiB" in (tmp_path / "gpu_gate.svg").read_text()
+    assert "seconds.warm.median" in (tmp_path / "gpu_gate.csv").read_text()
+    plot.write({**report, "note": "rehearsal"}, tmp_path / "gpu_gate")
     assert readme.gpu_block() == readme.GPU_NOT_MEASURED
