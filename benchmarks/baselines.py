@@ -8,8 +8,6 @@ the hidden states; when scoring, none). One that cannot run gives the reason ins
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +19,8 @@ from torch import Tensor
 import crpo_kernels as ck
 import crpo_kernels.call as kernel_call
 
-from .cases import Inputs
+from .cases import Case, Inputs
+from .needs import NOTHING, Needs
 
 KL_COEF = 0.01
 FEWEST_ROWS = 24  # that a small workspace has a byte per logit for
@@ -67,7 +66,7 @@ class Candidate:
         rounds: timed repetitions at most; None: as many as the others.
         num_products: bare products over the head that it cannot do without: its floor.
         has_errors: its errors are measured; not where that would generate code of its own.
-        needs: distribution that must be installed, or None.
+        needs: what must be there: package, device, dtype, sizes.
         note: what a reader must know.
         obstacle: why it is not run in this run, or "".
         lacks: what it cannot do (column of the table, e.g. "entropy"), and why.
@@ -86,7 +85,7 @@ class Candidate:
     rounds: int | None = None
     num_products: int = 3
     has_errors: bool = True
-    needs: str | None = None
+    needs: Needs = NOTHING
     note: str = ""
     obstacle: str = ""
     lacks: Mapping[str, str] = field(default_factory=dict)
@@ -110,17 +109,13 @@ class Candidate:
         given = inputs if self.takes_temperature else inputs.at_temperature_one()
         return given if self.num_products == 3 else given.with_frozen_head()
 
-    def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
-        if self.obstacle:
-            return self.obstacle
-        if self.needs is None or importlib.util.find_spec(self.needs) is not None:
-            return None
-        return f"{self.needs} is not installed"
+    def missing(self, case: Case, device: torch.device) -> str:
+        """Why it cannot run on the case and the device, or ""."""
+        return self.obstacle or self.needs.unmet(case, device)
 
     def version(self) -> str:
-        """The installed version of what it needs."""
-        return importlib.metadata.version(self.needs) if self.needs else ""
+        """The installed version of what it needs, or ""."""
+        return self.needs.version()
 
 
 def gradients(loss: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:

@@ -24,7 +24,7 @@ from .baselines import (
 )
 from .cases import Case
 from .measure import generates_code
-from .peers import Compiled, liger_chunked, liger_scaled, trl_chunked
+from .peers import loss_peers, score_peers
 
 PRODUCTS = {1: "one bare product", 2: "two bare products", 3: "three bare products"}
 PLAIN_NOTE = "fp32 logits of all tokens, autograd"
@@ -49,28 +49,13 @@ def score_candidates(case: Case, device: torch.device, backends: Sequence[str]) 
     """Log-probabilities and entropies without gradients."""
     first, *others = backends
     has_fp32_out = device.type == "cuda" and case.dtype != torch.float32
-    made = scoring(first, has_fp32_out=has_fp32_out)
+    made = scoring(first, has_fp32_out=has_fp32_out) + score_peers(device.type)
     return made + [c for other in others for c in named_after(other, our_scoring(other))]
 
 
 def named_after(backend: str, candidates: list[Candidate]) -> list[Candidate]:
     """Ours with a further backend, under keys and titles of their own."""
     return [replace(c, key=f"{c.key}:{backend}", title=f"{c.title}, {backend}") for c in candidates]
-
-
-def peers(note: str = "") -> list[Candidate]:
-    """The other projects."""
-    return [
-        Candidate(
-            "liger",
-            "Liger chunked GRPO",
-            liger_chunked,
-            has_entropy_gradient=False,
-            needs="liger_kernel",
-            note=f"no entropy term; its own torch.compile off{note}",
-        ),
-        Candidate("trl", "TRL chunked", trl_chunked, needs="trl", note="chunks of 4096 x 8192"),
-    ]
 
 
 def cpu_candidates(backend: str = "torch") -> list[Candidate]:
@@ -87,7 +72,7 @@ def cpu_candidates(backend: str = "torch") -> list[Candidate]:
         *bare_products(3, has_fp32_out=False),
         one_pass,
         Candidate("naive", "plain torch", naive, "plain", note=PLAIN_NOTE),
-        *peers(", which is faster here"),
+        *loss_peers("cpu"),
         *others,
         eager,
     ]
@@ -121,14 +106,11 @@ def fused_candidates(backend: str) -> list[Candidate]:
 
 def all_gradients(backend: str, *, has_fp32_out: bool) -> list[Candidate]:
     """Everything with both gradients: ours, plain torch, its compiler, the peers."""
-    compiled = "plain torch, torch.compile"
     return [
         *bare_products(3, has_fp32_out=has_fp32_out),
         *fused_candidates(backend),
         Candidate("naive", "plain torch", naive, "plain", note=PLAIN_NOTE),
-        Candidate("liger_scaled", "Liger scaled CE", liger_scaled, needs="liger_kernel"),
-        *peers(),
-        Candidate("compiled", compiled, Compiled(), has_errors=False, note=PLAIN_NOTE),
+        *loss_peers("cuda"),
     ]
 
 

@@ -27,6 +27,7 @@ from .gpu_targets import gpu_targets, target_state
 from .machine import gpu_name, machine
 from .measure import measure, release
 from .output import say
+from .peers import score_peers
 
 PEAKED = (0.2, 3.5)  # nats, tenth and ninetieth percentile of the inputs' entropies
 PEER_SECONDS = 90.0
@@ -48,9 +49,10 @@ def one_table(part: Part, scale: Scale, named: Case, case: Case, number: int) ->
     needs_memory(scale, (8 * logits + 12 * weights) / 2**30 + 4)  # bare products and ours
     makers = [all_gradients, *([frozen_head, scoring] if number == 0 else [])]
     candidates = [c for make in makers for c in make("triton", has_fp32_out=is_gpu)]
+    candidates += score_peers("cuda") if number == 0 else []
     if scale.is_rehearsal:
         candidates = [rehearsed(candidate) for candidate in candidates]
-    candidates.sort(key=lambda c: 0 if c.is_floor or c.is_ours else 1 + (c.key == "compiled"))
+    candidates.sort(key=lambda c: 0 if c.is_floor or c.is_ours else 1 + c.needs.generates_code)
     clock = Clock(scale.device)
     until = part.begin + part.seconds
     found = measure(case, candidates, clock, scale.rounds, until=until, peer_seconds=PEER_SECONDS)
@@ -80,7 +82,7 @@ def without_times(row: dict) -> dict:
 
 def rehearsed(candidate: Candidate) -> Candidate:
     """A candidate for the rehearsal, which generates no code."""
-    if candidate.key != "compiled":
+    if not candidate.needs.generates_code:
         return candidate
     return replace(candidate, obstacle="not part of a rehearsal: it would compile for minutes")
 

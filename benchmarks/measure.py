@@ -43,7 +43,7 @@ class Measurements:
         row = {
             "key": key,
             "title": candidate.title,
-            "version": "" if candidate.missing() else candidate.version(),
+            "version": candidate.version(),
             "kind": candidate.kind,
             "num_products": products,
             "note": candidate.note,
@@ -104,7 +104,8 @@ def measure(
     say(f"{case.shape} {case.name}: inputs")
     inputs = make_inputs(case, device=clock.device) if make is None else make(case, clock.device)
     truth = Truth(inputs, min(ERROR_ROWS, case.num_rows), ERROR_COLUMNS)
-    found = Measurements(missing={c.key: why for c in candidates if (why := c.missing())})
+    reasons = {c.key: c.missing(case, clock.device) for c in candidates}
+    found = Measurements(missing={key: why for key, why in reasons.items() if why})
     for candidate in candidates:
         if candidate.key in found.missing:
             continue
