@@ -47,36 +47,48 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of one kind of GPU: for many rows, for at most 64, and of fp8 operands."""
+    """The tiles of one kind of GPU.
+
+    Attributes:
+        many: rows of 16-bit operands.
+        few: at most its own ``block_t`` rows of them.
+        fp8: of e4m3 operands, None where the GPU has no such products.
+        single: of fp32 operands, for checking: exact products, which no tensor core makes.
+    """
 
     many: Tile
     few: Tile
     fp8: Tile | None
+    single: Tile
 
 
+SINGLE = Tile(64, 64, 16, 4, 2)
+SMALL = Tile(16, 32, 16, 4, 1, uses_tma=True)
 TILES: dict[str, Tiles] = {
-    # 148 KB of 227 shared; two consumer warp groups of 64 x 256 fp32 products: 128 registers each
+    # 148 KB of 227 shared; two groups of four warps with 64 x 256 fp32 products each: 128 registers
     "sm_90": Tiles(
-        Tile(128, 256, 64, 8, 3, uses_tma=True),
-        Tile(64, 256, 64, 4, 4, uses_tma=True),
-        Tile(128, 128, 128, 8, 4, uses_tma=True),
+        many=Tile(128, 256, 64, 8, 3, uses_tma=True),
+        few=Tile(64, 128, 64, 4, 4, uses_tma=True),
+        fp8=Tile(128, 128, 128, 8, 4, uses_tma=True),
+        single=SINGLE,
     ),
     # products live in tensor memory, registers are free for the statistics
     "sm_100": Tiles(
-        Tile(128, 256, 64, 8, 3, uses_tma=True),
-        Tile(64, 256, 64, 4, 4, uses_tma=True),
-        Tile(128, 128, 128, 8, 4, uses_tma=True),
+        many=Tile(128, 256, 64, 8, 3, uses_tma=True),
+        few=Tile(128, 128, 64, 8, 4, uses_tma=True),
+        fp8=Tile(128, 128, 128, 8, 4, uses_tma=True),
+        single=SINGLE,
     ),
-    # an A100 has 163 KB, what came after it in this family (8.6, 8.9, 12.0) 99: 72 fit both
-    "sm_80": Tiles(Tile(128, 256, 32, 8, 3), Tile(64, 128, 64, 4, 3), None),
+    # 96 KB of the 163 of an A100, the 99 of what came after it; mma.sync keeps operands in registers
+    "sm_80": Tiles(
+        many=Tile(128, 128, 64, 8, 4), few=Tile(64, 128, 64, 8, 4), fp8=None, single=SINGLE
+    ),
     # 64 KB of shared memory: one step of 48 KB, the next one waits in registers
-    "gfx942": Tiles(Tile(128, 256, 64, 8, 2), Tile(64, 128, 64, 4, 2), None),
-    # small: several tiles of everything at sizes that the interpreter can do
-    "interpreter": Tiles(
-        Tile(16, 32, 16, 4, 1, uses_tma=True),
-        Tile(16, 32, 16, 4, 1, uses_tma=True),
-        Tile(16, 32, 16, 4, 1, uses_tma=True),
+    "gfx942": Tiles(
+        many=Tile(128, 256, 64, 8, 2), few=Tile(64, 128, 64, 8, 2), fp8=None, single=SINGLE
     ),
+    # small: several tiles of everything at sizes that the interpreter can do
+    "interpreter": Tiles(many=SMALL, few=SMALL, fp8=SMALL, single=SMALL),
 }
 
 
@@ -114,6 +126,8 @@ def choose_tile(hidden: Tensor, weight: Tensor, target: str | None = None) -> Ti
     target = target or target_of(hidden.device)
     tiles = TILES[target]
     tile = tiles.few if hidden.shape[0] <= tiles.few.block_t else tiles.many
+    if hidden.element_size() == 4:
+        tile = tiles.single
     if hidden.element_size() == 1:
         if tiles.fp8 is None:
             raise ValueError(

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .host import is_fake
-from .launch_triton import is_interpreted, is_recording, launch
+from .launch_triton import constant, is_interpreted, is_recording, launch
 from .linear_tiles import Tile, choose_order, choose_tile, num_units
 from .logits_triton import logits_of
 from .row_table import RowTable
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 NUM_SUMS = 4  # maximum, sum, weighted sum, the label's logit
 JOIN_ROWS = 128  # of a program that joins the splits
+
+LOG2_E = constant(1.4426950408889634)  # 2^x is one instruction, e^x four
 
 _NOT_SPECIALIZED = ["num_rows", "num_splits", "group_tiles"]
 _UNALIGNED = ["labels_ptr", "outer_ptr", "hidden_scale_ptr", "partials_ptr", "table_ptr"]
@@ -57,13 +59,16 @@ def _add_columns(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)[None, :]
     z = logits_of(raw, bias, inner, outer)  # [BLOCK_T, WIDTH]
-    z = tl.where(mask_v[None, :], z, -2e30)
-    y += tl.sum(tl.where(offs_v[None, :] == labels[:, None], z, 0.0), 1)
+    if start_v + WIDTH > vocab_size:
+        z = tl.where(mask_v[None, :], z, -2e30)
+    is_inside = (labels >= start_v) & (labels < start_v + WIDTH)
+    if tl.max(is_inside.to(tl.int32), 0) > 0:
+        y += tl.sum(tl.where(offs_v[None, :] == labels[:, None], z, 0.0), 1)
     top = tl.maximum(m, tl.max(z, 1))
     x = z - top[:, None]
-    e = tl.exp(x)
+    e = tl.exp2(x * LOG2_E)
     d = m - top
-    w = tl.exp(d)
+    w = tl.exp2(d * LOG2_E)
     t = w * (t + d * s) + tl.sum(e * x, 1)
     s = w * s + tl.sum(e, 1)
     return top, s, t, y
@@ -109,6 +114,7 @@ def linear_stats_kernel(
         offs_t = start_t + tl.arange(0, BLOCK_T)
         mask_t = offs_t < num_rows
         labels = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1)
+        labels = tl.where((labels >= 0) & (labels < vocab_size), labels, -1).to(tl.int32)
         if outer_ptr is not None:
             scale = tl.load(outer_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
         else:
