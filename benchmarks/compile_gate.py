@@ -104,11 +104,13 @@ def distinct(jobs: list[Job], targets: list[str]) -> list[tuple[Job, str]]:
     seen, kept = set(), []
     for target in targets:
         for job in jobs:
+            if job.targets and target not in job.targets:
+                continue
             try:
                 key = specialisation_key(job, TARGETS[target])
             except Exception as error:  # the compiler's answer to it is a row
                 key = f"{job.name} {error}"
-            rules = (target, job.streams_rows, job.is_objective)
+            rules = (target, job.streams_rows, job.is_objective, job.is_exact)
             if (key, rules) not in seen:
                 seen.add((key, rules))
                 kept.append((job, target))

@@ -58,6 +58,8 @@ class Job:
         meta: num_warps and num_stages.
         streams_rows: whatever its loops load must come 128 bits at a time.
         is_objective: no instruction in it may drop a NaN.
+        is_exact: it multiplies fp32 tiles as they are, for which there are no tensor cores.
+        targets: names of those that may launch it; empty: all.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Job:
     meta: dict[str, int] = field(default_factory=dict)
     streams_rows: bool = False
     is_objective: bool = False
+    is_exact: bool = False
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ def problems(report: Report, job: Job) -> list[str]:
         found.append(f"spills: {report.stack_bytes} bytes of stack, {report.num_spilled} registers")
     if report.shared_bytes > target.shared_limit:
         found.append(f"shared memory: {report.shared_bytes} bytes, limit {target.shared_limit}")
-    if report.has_dot and report.matrix_instruction != target.matrix_instruction:
+    is_scalar = report.matrix_instruction != target.matrix_instruction
+    if report.has_dot and not job.is_exact and is_scalar:
         found.append(
             f"tl.dot became {report.matrix_instruction or 'scalar code'}, "
             f"not {target.matrix_instruction}"

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from itertools import combinations, product
-from random import Random
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,6 +27,8 @@ from crpo_kernels.spec import KL_ESTIMATORS, POLICIES, PRESETS, RHO_MODES, Token
 from crpo_kernels.terms import Coefficients
 
 from .compile_report import Job
+from .pairwise import pairwise
+from .shipped_scoring import scoring_jobs
 
 DIM = 1024
 LARGE, ODD = (8192, 151936), (3000, 50257)  # rows, vocabulary; dZ of the first is above 2 GiB
@@ -58,7 +59,7 @@ def shipped_jobs() -> list[Job]:
     Raises:
         ValueError: a kernel of the package that none of the calls launches.
     """
-    jobs = [*stage_jobs(), *objective_jobs()]
+    jobs = [*stage_jobs(), *objective_jobs(), *scoring_jobs()]
     for settings in head_calls():
         with recording() as launches:
             call_head(**settings)
@@ -96,29 +97,6 @@ def head_calls() -> list[dict[str, Any]]:
         "two_pass": [*pairwise(both), tiny],
     }
     return [{"mode": mode, **call} for mode, rows in calls.items() for call in rows]
-
-
-def pairwise(options: dict[str, tuple]) -> list[dict[str, Any]]:
-    """Few settings in which every two values of two options occur together; always the same."""
-    random = Random(0)
-    names = list(options)
-    missing = {
-        ((a, x), (b, y))
-        for a, b in combinations(names, 2)
-        for x, y in product(options[a], options[b])
-    }
-    chosen = []
-    while missing:
-        candidates = [{name: random.choice(options[name]) for name in names} for _ in range(2000)]
-        best = max(candidates, key=lambda settings: len(missing & pairs(settings)))
-        missing -= pairs(best)
-        chosen.append(best)
-    return chosen
-
-
-def pairs(settings: dict[str, Any]) -> set:
-    """The pairs of values that occur together in ``settings``."""
-    return set(combinations(settings.items(), 2))
 
 
 def describe(settings: dict[str, Any]) -> str:

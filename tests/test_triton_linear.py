@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_labels_of_another_shard_and_of_none(device):
 
 @pytest.mark.parametrize("num_splits", [1, 2, None])
 def test_logits_of_minus_infinity(num_splits, device):
-    """A first tile and a first split of them, a padded end, a label on one, a row of nothing else."""
+    """A first tile and split of them, a padded end, a label on one, rows of nothing else."""
     hidden, weight, rows = make(18, 100, 16, device, options=("bias",))
     assert rows.bias is not None
     rows.bias[:50] = -torch.inf
@@ -284,8 +285,7 @@ def test_rows_of_the_weight_behind_2_to_31_elements(device):
     rows.raw = hidden.double() @ weight.double().t()
     for view in (weight, weight.t().contiguous().t()):
         assert_stats(run(hidden, view, rows), truth_of(rows), NATS)
-    linear_tiles_tile = linear_tiles.choose_tile(hidden, weight)
-    pointers = linear_tiles.replace(linear_tiles_tile, uses_tma=False)
+    pointers = replace(tile_of(hidden, weight), uses_tma=False)
     assert_stats(run(hidden, weight, rows, tile=pointers), truth_of(rows), NATS)
 
 
@@ -298,5 +298,5 @@ def test_no_rows_launch_nothing(device):
 
 def test_a_split_that_cannot_be_is_refused(device):
     hidden, weight, rows = make(3, 70, 16, device)
-    with pytest.raises(ValueError, match="num_splits: expected 1 or more, got 0. Pass None"):
+    with pytest.raises(ValueError, match=r"num_splits: expected 1 or more, got 0\. Pass None"):
         run(hidden, weight, rows, num_splits=0)

@@ -79,13 +79,13 @@ TILES: dict[str, Tiles] = {
         fp8=Tile(128, 128, 128, 8, 4, uses_tma=True),
         single=SINGLE,
     ),
-    # 96 KB of the 163 of an A100, the 99 of what came after it; mma.sync keeps operands in registers
+    # 96 KB of the 163 of an A100, the 99 of later ones; mma.sync keeps operands in registers
     "sm_80": Tiles(
         many=Tile(128, 128, 64, 8, 4), few=Tile(64, 128, 64, 8, 4), fp8=None, single=SINGLE
     ),
-    # 64 KB of shared memory: one step of 48 KB, the next one waits in registers
+    # 64 KB of shared memory: one step of 48 KB, the next waits in registers; smaller tiles spill
     "gfx942": Tiles(
-        many=Tile(128, 256, 64, 8, 2), few=Tile(64, 128, 64, 8, 2), fp8=None, single=SINGLE
+        many=Tile(128, 256, 64, 8, 2), few=Tile(128, 256, 64, 8, 2), fp8=None, single=SINGLE
     ),
     # small: several tiles of everything at sizes that the interpreter can do
     "interpreter": Tiles(many=SMALL, few=SMALL, fp8=SMALL, single=SMALL),

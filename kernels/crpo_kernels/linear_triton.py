@@ -45,6 +45,14 @@ _UNALIGNED = ["labels_ptr", "outer_ptr", "hidden_scale_ptr", "partials_ptr", "ta
 
 
 @triton.jit
+def _dot(a, b, sums, BLOCK_D: tl.constexpr):
+    """``sums + a @ b`` in fp32; Hopper's 8-bit products keep 14 bits, so each step's are added."""
+    return tl.dot(
+        a, b, sums, input_precision="ieee", max_num_imprecise_acc=BLOCK_D, out_dtype=tl.float32
+    )
+
+
+@triton.jit
 def _add_columns(
     raw, start_v, labels, m, s, t, y,
     bias_ptr, weight_scale_ptr, hidden_scale, outer, inner, vocab_size, WIDTH: tl.constexpr,
@@ -135,7 +143,7 @@ def linear_stats_kernel(
                 for k in range(0, dim, BLOCK_D):
                     a = hidden.load([start_t, k])
                     b = weight.load([start_v, k])
-                    raw = tl.dot(a, b.T, raw, input_precision="ieee", out_dtype=tl.float32)
+                    raw = _dot(a, b.T, raw, BLOCK_D)
             else:
                 rows = tl.minimum(offs_t, num_rows - 1).to(tl.int64)
                 columns = tl.minimum(start_v + tl.arange(0, BLOCK_V), vocab_size - 1).to(tl.int64)
@@ -148,7 +156,7 @@ def linear_stats_kernel(
                     else:
                         a = tl.load(a_ptrs, mask=offs_d[None, :] < dim - k, other=0.0)
                         b = tl.load(b_ptrs, mask=offs_d[:, None] < dim - k, other=0.0)
-                    raw = tl.dot(a, b, raw, input_precision="ieee", out_dtype=tl.float32)
+                    raw = _dot(a, b, raw, BLOCK_D)
                     a_ptrs += BLOCK_D * stride_hd
                     b_ptrs += BLOCK_D * stride_wd
             halves = tl.permute(tl.reshape(raw, [BLOCK_T, 2, BLOCK_V // 2]), [0, 2, 1])
@@ -170,7 +178,7 @@ def linear_stats_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_splits", "stride_table"],
+    do_not_specialize=["num_rows", "num_splits", "vocab_size", "stride_table"],
     do_not_specialize_on_alignment=_UNALIGNED,
 )
 def linear_join_kernel(

@@ -1,0 +1,95 @@
+"""What the compile gate compiles of the scoring kernel: all tiles of a target, options in pairs.
+
+A target has tiles of its own, so each launch is for one target. Operands are as calls may have
+them: read through descriptors, on a pitch that descriptors cannot have, of a hidden size that is no
+multiple of a step, or of no 16 bytes at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from crpo_kernels.launch_triton import Launch, recording
+from crpo_kernels.linear_tiles import TILES, Tiles, choose_tile
+from crpo_kernels.linear_triton import linear_stats
+from crpo_kernels.row_table import OUTPUTS, SUMS, RowTable
+from crpo_kernels.rows import LogitView
+
+from .compile_report import Job
+from .pairwise import pairwise
+
+ROWS, ODD_ROWS, FEW = 8192, 3001, 64
+LARGE, ODD = 151_936, 50_257  # vocabularies
+PLAIN: dict[str, Any] = {"dim": 1024, "pitch": 0, "bias": False, "softcap": None}
+PLAIN |= {"temperature": 0.7}
+EXACT: dict[str, Any] = {"kind": "single", "dim": 1003, "pitch": 0, "bias": True, "softcap": 30.0}
+EXACT |= {"temperature": "per token"}
+OPTIONS: dict[str, tuple] = {
+    "kind": ("many", "few", "fp8"),
+    "dim": (1024, 1000, 1003),
+    "pitch": (0, 4),  # elements between the rows of hidden and weight
+    "bias": (False, True),
+    "softcap": (None, 30.0),
+    "temperature": (0.7, "per token"),
+}
+DTYPES = {"fp8": torch.float8_e4m3fn, "single": torch.float32}
+
+
+def scoring_jobs() -> list[Job]:
+    """The launches of all targets."""
+    jobs = []
+    plain = [{"kind": kind, **PLAIN} for kind in OPTIONS["kind"]]
+    chosen = [*plain, EXACT, *pairwise(OPTIONS)]
+    for target, tiles in TILES.items():
+        if target == "interpreter":
+            continue
+        for settings in chosen:
+            if settings["kind"] == "fp8" and tiles.fp8 is None:
+                continue
+            name = " ".join(f"{k} {v}" for k, v in settings.items() if v not in (None, False, 0))
+            is_exact = settings["kind"] == "single"
+            jobs += [
+                Job(f"score {name}", x.kernel, x.arguments, x.meta, is_exact=is_exact,
+                    targets=(target,))
+                for x in scoring_launches(target, tiles, **settings)
+            ]  # fmt: skip
+    return jobs
+
+
+def scoring_launches(
+    target: str,
+    tiles: Tiles,
+    kind: str,
+    dim: int,
+    pitch: int,
+    bias: bool,
+    softcap: float | None,
+    temperature: float | str,
+) -> list[Launch]:
+    """The launches of one call on ``target``; arguments as in OPTIONS."""
+    num_rows = {"few": min(FEW, tiles.few.block_t), "many": ROWS}.get(kind, ODD_ROWS)
+    vocab_size = LARGE if pitch == 0 else ODD
+    dtype = DTYPES.get(kind, torch.bfloat16)
+    with FakeTensorMode(), recording() as launches:
+
+        def matrix(size: int) -> Tensor:  # [size, D]
+            return torch.empty(size, dim + pitch, dtype=dtype)[:, :dim]
+
+        hidden, weight = matrix(num_rows), matrix(vocab_size)
+        view = LogitView.make(
+            torch.empty(vocab_size) if bias else None,
+            torch.empty(num_rows) if isinstance(temperature, str) else temperature,
+            1.0,
+            softcap,
+        )
+        scales = (torch.empty(num_rows), torch.empty(vocab_size)) if kind == "fp8" else None
+        labels = torch.empty(num_rows, dtype=torch.int64)
+        table = RowTable((*SUMS, *OUTPUTS), num_rows, labels, torch.float32)
+        tile = choose_tile(hidden, weight, target)
+        rows = slice(0, num_rows)
+        linear_stats(hidden, weight, labels, view, table, rows, tile=tile, scales=scales)
+    return launches
