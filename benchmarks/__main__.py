@@ -15,6 +15,7 @@ COMMANDS = {
     "all": "loss, score, memory, growth, rollout and step for one device in ten minutes",
     "compile-gate": "compile every Triton kernel for GPUs that are not here; 1 when one fails",
     "gpu-gate": "correctness, memory and the targets' table on one GPU; --rehearse on a CPU",
+    "growth": "time and memory against sizes, settings and ranks, with fitted exponents",
     "loss": "the fused loss beside its floor and its peers",
     "plot": "draw .md, .svg and .csv of result files again",
     "quickstart": "the main job over seeds beside its rivals",
