@@ -137,7 +137,7 @@ def run_call(arguments: dict[str, Any], mode: str) -> tuple[Tensor, Tensor, Tens
 
 def graphs(part: Part, scale: Scale) -> None:
     """A step captured into a CUDA graph and replayed on other values."""
-    for mode in ("one_pass", "two_pass"):
+    for mode in ("one_pass", "two_pass", "fused"):
         part.run(f"graph, {mode}", lambda m=mode: check_graph(part, scale, m))
 
 
@@ -149,6 +149,8 @@ def check_graph(part: Part, scale: Scale, mode: str) -> None:
     workspace = 8 * inputs.labels.numel() * inputs.weight.shape[0]  # the same plan every time
 
     def step(given: Inputs) -> Result:
+        if mode == "fused":
+            return scored("triton", mode=mode, rows=rows)(given)
         arguments = policy_arguments(given)
         loss, stats = ck.linear_policy_loss(
             **arguments, backend="triton", mode=mode, rows=rows, workspace_bytes=workspace
@@ -163,7 +165,8 @@ def check_graph(part: Part, scale: Scale, mode: str) -> None:
     got = replay() if replay else step(inputs)
     if replay is None:
         part.skip(f"graph capture, {mode}", "no CUDA device: the step ran uncaptured with rows=")
-    for name in ("loss", "logprobs", "entropy", "d_hidden", "d_weight"):
+    names = ("logprobs", "entropy")
+    for name in names if mode == "fused" else ("loss", *names, "d_hidden", "d_weight"):
         a, b = bits(getattr(got, name)), bits(getattr(expected, name))
         part.at_most(f"graph, {mode}: {name}, elements that differ", int((a != b).sum()), 0)
 

@@ -27,7 +27,7 @@ import torch
 
 from crpo_kernels.support import INTERPRETER, asks_for_interpreter, triton_obstacle
 
-from . import bars, gpu_behaviour, gpu_precision, gpu_table, loss_plot, plot
+from . import bars, gpu_behaviour, gpu_precision, gpu_scorers, gpu_table, loss_plot, plot
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .gpu_report import Part, plain
 from .gpu_scale import Scale, real_scale, rehearsal_scale
@@ -59,6 +59,7 @@ ENTRIES = {
     "options": Entry(gpu_precision.options, 40),
     "presets": Entry(gpu_precision.presets, 100),
     "table": Entry(gpu_table.table, 240, is_vital=False),
+    "scorers": Entry(gpu_scorers.scorers, 60, is_vital=False),
     "sweep": Entry(gpu_table.sweep, 90, is_vital=False),
 }
 

@@ -231,6 +231,8 @@ class TrainConfig:
     layout: str = "packed"  # packed (one row, no padding) | padded (one sequence a row)
     workspace_mib: int | None = None  # MiB of the loss; None: the kernels choose
     loss_backend: str = "auto"  # auto (triton where it runs, else torch) | triton | torch | dense
+    score_kernel: str = "auto"  # auto (the faster) | fused | chunks: in passes without gradients
+    score_head: str = "full"  # full | fp8 (approximate): lm_head of reference and old logprobs
     threads: int = 0  # 0: all cores divided by the ranks of this machine
     updates_per_rollout: int = 1  # optimizer updates per step of the loop
     minibatches: int = 0  # parts of a rollout's groups; 0: updates_per_rollout

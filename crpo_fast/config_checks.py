@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 ALGORITHMS = ("sft", "crpo", "grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
 LOSS_BACKENDS = ("auto", "triton", "torch", "dense")  # of crpo_kernels
+SCORE_KERNELS = ("auto", "fused", "chunks")
+SCORE_HEADS = ("full", "fp8")
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -30,6 +32,13 @@ def check(config: Config) -> None:
     _choice("data.format", config.data.format, ("auto", "synthetic", "official", "table"))
     _choice("train.layout", config.train.layout, ("packed", "padded"))
     _choice("train.loss_backend", config.train.loss_backend, LOSS_BACKENDS)
+    _choice("train.score_kernel", config.train.score_kernel, SCORE_KERNELS)
+    _choice("train.score_head", config.train.score_head, SCORE_HEADS)
+    if config.train.score_head == "fp8" and config.model.compute_dtype == "float64":
+        raise ConfigError(
+            "train.score_head: expected full with model.compute_dtype float64, which is for "
+            "checking, got 'fp8'. Type --train.score_head full."
+        )
     _choice("optim.schedule", config.optim.schedule, LR_SCHEDULES)
     _choice("eval.split", config.eval.split, ("val", "test"))
     _choice("rewards.balance", config.rewards.balance, ("reward", "advantage", "none"))

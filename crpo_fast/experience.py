@@ -167,7 +167,14 @@ def _sample(
     for sample in (s for g in groups for s in g.samples):
         sums.add("completions/length", len(sample.token_ids), 1)
         sums.add("completions/truncated", sample.finish_reason == "length", 1)
+    sums.add_total("completions/unknown_ids", _num_unknown(task, groups))
     return Scored(rows, groups, completions, table.total, table.parts)
+
+
+def _num_unknown(task: Task, groups: list[RolloutGroup]) -> int:
+    """Tokens whose ids the tokenizer does not know: padded rows of the head."""
+    size = len(task.tokenizer)
+    return sum(token >= size for g in groups for s in g.samples for token in s.token_ids)
 
 
 def _replace(

@@ -56,6 +56,7 @@ class LossSpec:
         max_length: the constant of ``constant``, in tokens.
         group: consecutive samples per group of ``bnpo``.
         options: further keyword arguments of the kernel (backend, workspace_bytes).
+        scoring: those that calls without gradients have besides (mode, head_dtype).
     """
 
     objective: ObjectiveSpec
@@ -67,6 +68,12 @@ class LossSpec:
     max_length: int = 1
     group: int = 1
     options: tuple[tuple[str, Any], ...] = ()
+    scoring: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def score_options(self) -> dict[str, Any]:
+        """Keyword arguments of the kernel in passes without gradients."""
+        return {**dict(self.options), **dict(self.scoring)}
 
     @property
     def has_entropy(self) -> bool:
@@ -92,6 +99,7 @@ def loss_spec(config: Config, phase: PhaseConfig, stage_coefs: list[float]) -> L
         max_length=config.rollout.max_tokens,
         group=config.objective.bnpo_group,
         options=tuple(kernel_options(config).items()),
+        scoring=tuple(scoring_options(config).items()),
     )
 
 
@@ -100,6 +108,16 @@ def kernel_options(config: Config) -> dict[str, Any]:
     options: dict[str, Any] = {"backend": config.train.loss_backend}
     if config.train.workspace_mib is not None:
         options["workspace_bytes"] = config.train.workspace_mib * 2**20
+    return options
+
+
+def scoring_options(config: Config) -> dict[str, Any]:
+    """What calls without gradients have besides; empty by default."""
+    options: dict[str, Any] = {}
+    if config.train.score_kernel != "auto":
+        options["mode"] = {"fused": "fused", "chunks": "two_pass"}[config.train.score_kernel]
+    if config.train.score_head == "fp8":
+        options["head_dtype"] = torch.float8_e4m3fn
     return options
 
 

@@ -63,7 +63,7 @@ class MicroBatch:
         labels: [R] int64, the completion tokens.
         source: [R] int64, for each row its index in the flat vectors.
         cu_seqlens: [B+1] int32 over the R rows, on the CPU.
-        vectors: name -> [R], see ``attach``.
+        vectors: name -> [R], see ``attach``; `score_head.ERRORS` have fewer rows.
     """
 
     input_ids: Tensor

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from crpo_fast import checkpoint, distributed, timing, trackers
+from crpo_fast import checkpoint, distributed, score_head, timing, trackers
 from crpo_fast.alarm import Verdict
 from crpo_fast.checkpoint import Progress, SaveError
 from crpo_fast.config import Config, PhaseConfig
@@ -335,6 +335,8 @@ class Phase:
         if batch.trace is not None:
             for sample in batch.trace.records():
                 run.samples.write({**record, **sample})
+        if step == self._first and (text := score_head.sentence(metrics)):
+            run.reporter.line(text)
         run.reporter.step(
             self.line.after(step + 1, metrics, run.evaluations.results),
             first=step == self._first,

@@ -314,7 +314,7 @@ class Rehearsal:
         assert self.reference is not None, "asked for without a KL term"
         self.bytes.restart()
         with self._logits_of_a_gpu(batch):
-            self.reference.logprobs(batch, self.spec.temperature, **dict(self.spec.options))
+            self.reference.with_logprobs(batch, "ref_logprobs", self.spec)
         return self._moment("reference pass")
 
     def _forward_and_backward(self, batches: list[MicroBatch]) -> Moment:

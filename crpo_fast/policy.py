@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ from transformers import PreTrainedModel
 from crpo_fast import attention, distributed
 from crpo_fast.distributed import World
 from crpo_fast.packing import MicroBatch
+from crpo_fast.score_head import ERRORS, exact_differences
 from crpo_kernels import linear_logprobs
+
+if TYPE_CHECKING:
+    from crpo_fast.loss import LossSpec
 
 # compute(hidden [R, D], weight [V, D], **head arguments) -> tensor or pytree of tensors
 HeadFunction = Callable[..., Any]
@@ -44,20 +48,42 @@ class Policy:
         """``compute`` on the hidden states of the batch's rows; see ``HeadFunction``."""
         return self.model.policy_forward(batch, compute, self.head_options)
 
-    @torch.no_grad()
     def logprobs(self, batch: MicroBatch, temperature: float, **options: Any) -> Tensor:
         """[R] fp32 logprobs of the labels, nats; no gradients, and no stale weights after it."""
+        return self.score(batch, temperature, **options)[0]
 
-        def compute(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
-            rows = range(batch.labels.numel())  # all count: nobody has to ask a GPU
+    @torch.no_grad()
+    def score(
+        self,
+        batch: MicroBatch,
+        temperature: float,
+        *,
+        head_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`logprobs`, and with ``head_dtype`` how far some of them are from exact ones, nats."""
+        labels = batch.labels
+
+        def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, Tensor | None]:
+            rows = range(labels.numel())  # all count: nobody has to ask a GPU
+            shared = {"temperature": temperature, **head, **options}
             out = linear_logprobs(
-                hidden, weight, batch.labels, rows=rows, temperature=temperature, **head, **options
+                hidden, weight, labels, rows=rows, head_dtype=head_dtype, **shared
             )
-            return out.logprobs
+            errors = None
+            if head_dtype is not None:
+                errors = exact_differences(out.logprobs, hidden, weight, labels, **shared)
+            return out.logprobs, errors
 
-        logprobs = self(batch, compute)
+        found = self(batch, compute)
         distributed.reshard(self.model)
-        return logprobs
+        return found
+
+    def with_logprobs(self, batch: MicroBatch, name: str, spec: LossSpec) -> MicroBatch:
+        """``batch`` with the vector ``name``: this policy's logprobs, as ``spec`` scores."""
+        logprobs, errors = self.score(batch, spec.temperature, **spec.score_options)
+        found = {name: logprobs} if errors is None else {name: logprobs, ERRORS[name]: errors}
+        return batch.with_vectors(**found)
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """The whole model on every rank, for generation."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from crpo_fast import distributed
 from crpo_fast.batch import Row
-from crpo_fast.loss import kernel_options
+from crpo_fast.config import Config
+from crpo_fast.loss import kernel_options, scoring_options
 from crpo_fast.metrics import JsonLines
 from crpo_fast.packing import MicroBatch, Sequence, pack
 from crpo_fast.session import Session
@@ -106,9 +107,16 @@ def _head(session: Session, batch: MicroBatch) -> Tensor:
             batch.labels,
             rows=range(batch.labels.numel()),
             temperature=config.rollout.temperature,
-            **kernel_options(config),
+            **_options(config),
             **head,
         )
         return torch.stack((out.logprobs, out.entropy))
 
     return session.policy(batch, compute)
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """Of a pass without gradients, with the head as it is: what is shown is exact."""
+    options = {**kernel_options(config), **scoring_options(config)}
+    options.pop("head_dtype", None)
+    return options

@@ -12,7 +12,7 @@ import torch
 from crpo_fast import models
 from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.distributed import num_cores
-from crpo_fast.loss import loss_spec
+from crpo_fast.loss import kernel_options, loss_spec, scoring_options
 from crpo_fast.run_folder import Resume, RunFolder, phase_lengths
 from crpo_kernels import explain_choice
 
@@ -56,6 +56,7 @@ def rows(session: Session, folder: RunFolder, resume: Resume) -> list[Row]:
         ("dtype", _dtype(session)),
         ("attention", f"{attention}: {why}"),
         ("loss", f"{choice}; {passes}"),
+        ("scoring", _scoring(session)),
         ("rollouts", _rollouts(config)),
         ("data", _data(session)),
         ("phases", ", then ".join(_phases(config))),
@@ -161,6 +162,24 @@ def _loss_choice(session: Session) -> tuple[str, str]:
         is_on_policy=updates == 1,
         **dict(spec.options),
     )
+
+
+def _scoring(session: Session) -> str:
+    """The same for reference and old logprobs and the probes, which need no gradients."""
+    config = session.config
+    weight = session.policy.model.get_output_embeddings().weight
+    choice, passes = explain_choice(
+        num_rows=config.train.token_budget,
+        vocab_size=weight.shape[0],
+        hidden_size=weight.shape[1],
+        dtype=getattr(torch, config.model.compute_dtype),
+        device=session.world.device,
+        is_scoring=True,
+        **kernel_options(config),
+        **scoring_options(config),
+    )
+    head = "" if config.train.score_head == "full" else f"; head in {config.train.score_head}"
+    return f"{choice}; {passes}{head}"
 
 
 def _rollouts(config: Config) -> str:

@@ -15,7 +15,7 @@ from crpo_fast.batch import SamplingParams
 from crpo_fast.checkpoint_files import whole_folder
 from crpo_fast.config import Config, ConfigError
 from crpo_fast.distributed import World
-from crpo_fast.loss import kernel_options
+from crpo_fast.loss import kernel_options, scoring_options
 from crpo_fast.policy import Policy
 from crpo_fast.reward_pool import Scorer
 from crpo_fast.rollout import Engine
@@ -105,6 +105,33 @@ def check_loss_backend(config: Config, device: torch.device) -> None:
         )
 
 
+def check_scoring(config: Config, device: torch.device) -> None:
+    """The code that ``train.score_kernel`` asks for runs here; sizes do not matter for that.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if config.train.score_kernel != "fused":
+        return
+    try:
+        explain_choice(
+            num_rows=1,
+            vocab_size=1,
+            hidden_size=1,
+            dtype=DTYPES[config.model.compute_dtype],
+            device=device,
+            is_scoring=True,
+            **kernel_options(config),
+            **scoring_options(config),
+        )
+    except ValueError as error:
+        reason = str(error).partition("got 'fused': ")[2].partition(". ")[0]
+        raise ConfigError(
+            f"train.score_kernel: expected auto or chunks here, got 'fused': {reason}. Type "
+            "--train.score_kernel auto."
+        ) from error
+
+
 def check_workspace(config: Config, model: Any, device: torch.device) -> None:
     """The loss can work within ``train.workspace_mib``.
 
@@ -143,6 +170,7 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
     """
     check_ranks(config, world.size)
     check_loss_backend(config, world.device)
+    check_scoring(config, world.device)
     with distributed.main_first(world):
         rows = load_rows(config, run_dir, write=world.is_main)
         build_model, tokenizer = _source(config, world, rows, run_dir)

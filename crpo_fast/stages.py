@@ -160,7 +160,7 @@ class StageGrammar:
             tokenizer: the model's tokenizer (see `token_text.read_tokens`).
 
         Raises:
-            ValueError: an id is outside the vocabulary.
+            ValueError: an id is negative.
         """
         read = read_tokens(token_ids, tokenizer)
         stage_ids = [-1] * len(read.ends)

@@ -15,6 +15,7 @@ from crpo_fast.metrics import Metrics, Sums
 from crpo_fast.mismatch import add_mismatch
 from crpo_fast.packing import MicroBatch, Sequence, dummy, pack
 from crpo_fast.policy import Policy
+from crpo_fast.score_head import add_errors
 from crpo_fast.timing import timer
 from crpo_fast.traces import TokenTrace, positions
 
@@ -50,12 +51,8 @@ def micro_batches(
     batches = [_on_device(b, world.device) for b in batches]
     if reference is None:
         return batches
-    options = dict(spec.options)
     with timer("forward"):
-        return [
-            b.with_vectors(ref_logprobs=reference.logprobs(b, spec.temperature, **options))
-            for b in batches
-        ]
+        return [reference.with_logprobs(b, "ref_logprobs", spec) for b in batches]
 
 
 def _on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -164,6 +161,7 @@ def _add_stats(sums: Sums, stats: Any, batch: MicroBatch, spec: LossSpec) -> Non
             f"stage_entropy/{k}", torch.where(mask, entropy, 0).sum(dtype=torch.float64), mask.sum()
         )
         sums.add(f"stage_tokens/{k}", mask.sum(), len(batch.cu_seqlens) - 1)  # mean per sequence
+    add_errors(sums, batch.vectors)
     rollout: Tensor | None = batch.vectors.get("rollout_logprobs")
     if rollout is not None:
         old = batch.vectors.get("old_logprobs", stats.logprobs)

@@ -21,6 +21,7 @@ from itertools import accumulate
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
+_UNKNOWN = _REPLACEMENT.encode()  # the text of an id that the tokenizer does not know
 _METASPACE = "\u2581"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NUM_PROBES = 256
@@ -59,8 +60,10 @@ def read_tokens(token_ids: Iterable[int], tokenizer: Any) -> TokenText:
         tokenizer: a transformers or tokenizers object, or anything with `decode(ids)` or
             `convert_ids_to_tokens(ids)`. What is learnt about it is kept as long as it lives.
 
+    An id beyond the vocabulary, which a head with padded rows may sample, reads as U+FFFD.
+
     Raises:
-        ValueError: an id is outside the vocabulary, or the tokenizer cannot be read at all.
+        ValueError: an id is negative, or the tokenizer cannot be read at all.
     """
     ids = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
     return _reader_of(tokenizer).read(ids, tokenizer)
@@ -74,10 +77,12 @@ class _ByteTable:
 
     def read(self, ids: list[int], _tokenizer: Any) -> TokenText:
         table = self.table
-        if ids and not 0 <= min(ids) <= max(ids) < len(table):
-            where = next(i for i, token in enumerate(ids) if not 0 <= token < len(table))
-            raise _bad_id(ids, where, f"ids from 0 to {len(table) - 1}")
-        pieces = [table[token] for token in ids]
+        if ids and min(ids) < 0:
+            raise _bad_id(ids, ids.index(min(ids)), "ids of 0 or more")
+        if ids and max(ids) >= len(table):
+            pieces = [table[token] if token < len(table) else _UNKNOWN for token in ids]
+        else:
+            pieces = [table[token] for token in ids]
         return TokenText(b"".join(pieces), list(accumulate(map(len, pieces))))
 
 
@@ -110,9 +115,7 @@ class _Decoder:
                 f"{'...' if len(ids) > 8 else ''} ({error!r}). Use the tokenizer of the model "
                 "that sampled them."
             ) from error
-        if None in tokens:
-            raise _bad_id(ids, tokens.index(None), "ids of the tokenizer's vocabulary")
-        return "".join(tokens)
+        return "".join(_REPLACEMENT if token is None else token for token in tokens)
 
 
 class _PrefixEnds:
@@ -249,6 +252,5 @@ def _decode_options(tokenizer: Any) -> dict[str, bool]:
 def _bad_id(ids: list[int], where: int, expected: str) -> ValueError:
     return ValueError(
         f"token_ids: expected {expected}, got {ids[where]} at position {where}. "
-        "Use the tokenizer of the model that sampled them (its vocabulary may be smaller than the "
-        "model's head)."
+        "Pass the ids as they were sampled, without padding or ignored labels."
     )

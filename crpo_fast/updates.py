@@ -23,6 +23,7 @@ from crpo_fast.mismatch import finish_mismatch
 from crpo_fast.nonfinite import Guard
 from crpo_fast.packing import MicroBatch, Sequence
 from crpo_fast.policy import Policy
+from crpo_fast.score_head import finish_errors
 from crpo_fast.step import optimizer_step
 from crpo_fast.timing import timer
 from crpo_fast.traces import TokenTrace
@@ -76,14 +77,9 @@ def add_old_logprobs(
 ) -> list[list[MicroBatch]]:
     """The minibatches, all but the first with ``old_logprobs`` from a pass without gradients."""
     first, *others = minibatches
-    options = dict(spec.options)
     with timer("forward"):
         return [first] + [
-            [
-                b.with_vectors(old_logprobs=policy.logprobs(b, spec.temperature, **options))
-                for b in batches
-            ]
-            for batches in others
+            [policy.with_logprobs(b, "old_logprobs", spec) for b in batches] for batches in others
         ]
 
 
@@ -144,5 +140,6 @@ def run_updates(
         pooled, norms = last.sums, [last.grad_norm]
     metrics = pooled.means()
     finish_mismatch(metrics)
+    finish_errors(metrics)
     metrics["grad_norm"] = sum(norms) / len(norms)
     return {**metrics, **{k: float(v) for k, v in counts.items()}, "skipped_total": guard.total}

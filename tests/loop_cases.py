@@ -286,7 +286,7 @@ class ScriptedTask:
     """Prompt ids are the number of the row; rewards follow the row's label."""
 
     balance: str = "none"
-    tokenizer: Any = None
+    tokenizer: Any = range(100)  # which has a length
 
     @property
     def grammar(self) -> ScriptedTask:

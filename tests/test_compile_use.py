@@ -290,7 +290,7 @@ def test_operators_are_what_they_say(backend, device):
         tensors = [x.requires_grad_(y) for x, y in zip(cast, needs, strict=True)]
         head = (
             *tensors[:2], problem.labels, tensors[2], None, problem.temperature.float(),
-            1.0, 1.5, 8.0, backend, "auto", None, needs,
+            1.0, 1.5, 8.0, backend, "auto", None, None, needs,
         )  # fmt: skip
         loss = (*head, *tokens, None, *spec)
         torch.library.opcheck(operators.policy_loss_op, loss)

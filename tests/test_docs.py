@@ -14,6 +14,7 @@ TINY = str(Path(__file__).with_name("tiny.toml"))
 FLAGS = [
     *("--entropy.controller", "dual", "--objective.rho_mode", "mask"),
     *("--rollout.mask_truncated", "--rollout.dynamic_sampling", "--train.max_steps", "2"),
+    *("--train.score_head", "fp8"),
 ]
 
 

@@ -51,6 +51,7 @@ LAYERS = (  # of crpo_kernels, every module; one imports from later rows only
     {"call"},
     {"autograd"},
     {"chunked", "dispatch"},
+    {"scorer"},
     {"aligned"},
     {"rows_compiled", "work_triton"},
     {"rows_torch", "exps_triton", "linear_triton"},
@@ -58,12 +59,12 @@ LAYERS = (  # of crpo_kernels, every module; one imports from later rows only
     {"logits_triton", "objective_triton"},
     {"row_table"},
     {"rows"},
-    {"terms"},
+    {"terms", "quantised"},
     {"compilation", "plan", "products", "reference", "validate", "weights"},
     {"stage_triton", "support", "twin_triton"},
     {"launch_triton"},
     {"host"},
-    {"objective", "spec"},
+    {"objective", "spec", "score_table"},
 )
 
 

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
+from crpo_fast.token_text import read_tokens
+from crpo_fast.traces import token_strings
 from stage_tokenizers import (
     AB,
     CONTENTS,
@@ -150,19 +152,40 @@ def test_tokens_added_later_are_seen():
     assert AB.stage_ids([*word, tokenizer.convert_tokens_to_ids("</aa>")], tokenizer) == [0, -1]
 
 
-@pytest.mark.parametrize("bad", [10**6, -1])
-def test_id_outside_the_vocabulary(plain, bad):
-    with pytest.raises(
-        ValueError, match=rf"expected ids from 0 to \d+, got {bad} at position 2.*tokenizer"
-    ):
-        GRAMMAR.stage_ids([1, 2, bad], plain)
+def test_a_negative_id_is_a_mistake(plain):
+    with pytest.raises(ValueError, match=r"expected ids of 0 or more, got -1 at position 2\. Pass"):
+        GRAMMAR.stage_ids([1, 2, -1], plain)
+
+
+def test_an_id_beyond_the_vocabulary_is_a_token_that_belongs_to_no_tag(plain):
+    """As a head with padded rows samples it: inside a stage it counts, a tag it breaks."""
+    padded = len(plain) + 3
+
+    def ids(text):
+        return plain(text, add_special_tokens=False)["input_ids"]
+
+    inside, close = ids("x"), ids("</aa>")
+    found = AB.stage_ids([*inside, padded, *close], plain)
+    assert found == [0] * (len(inside) + 1) + [-1] * len(close)
+    assert len(close) > 1
+    assert set(AB.stage_ids([*inside, *close[:1], padded, *close[1:]], plain)) == {-1}
+    assert AB.stage_ids([padded, padded], plain) == [-1, -1]
+
+
+def test_the_text_of_an_id_beyond_the_vocabulary(plain):
+    ids = [*plain("yes", add_special_tokens=False)["input_ids"], 10**6]
+    assert read_tokens(ids, plain).text == "yes\ufffd".encode()
+    assert token_strings(ids, plain)[-1] == "\ufffd"
+    assert read_tokens([0, 99], PieceTokenizer(["x"])).text == "x\ufffd"
+    for made in (metaspace(), wordpiece()):
+        ids = [*made("yes", add_special_tokens=False)["input_ids"], 10**6]
+        assert made.decode(ids[:-1]) in "".join(token_strings(ids, made))
+        assert AB.stage_ids(ids, made) == [-1] * len(ids)
 
 
 def test_undecodable_id_of_a_plain_tokenizer():
     with pytest.raises(ValueError, match="expected ids that the tokenizer can decode"):
         AB.stage_ids([1, 99], WordTokenizer({1: "x"}))
-    with pytest.raises(ValueError, match="got 99 at position 1"):
-        AB.stage_ids([0, 99], PieceTokenizer(["x"]))
     with pytest.raises(ValueError, match=r"decode\(ids\), got object"):
         AB.stage_ids([0], object())
 

@@ -49,13 +49,13 @@ def test_extra_passes_are_made_for_later_minibatches_alone(
 ) -> None:
     """The first minibatch's own pass gives its old logprobs; the reference is another policy."""
     calls = []
-    logprobs = crpo_fast.policy.Policy.logprobs
+    score = crpo_fast.policy.Policy.score
 
     def counted(self: crpo_fast.policy.Policy, *args: Any, **kwargs: Any) -> Any:
         calls.append(next(self.model.parameters()).requires_grad)
-        return logprobs(self, *args, **kwargs)
+        return score(self, *args, **kwargs)
 
-    monkeypatch.setattr(crpo_fast.policy.Policy, "logprobs", counted)
+    monkeypatch.setattr(crpo_fast.policy.Policy, "score", counted)
     measure(Case("", updates, minibatches), alone, tmp_path, budget=10_000)
     assert sum(calls) == passes
     assert len(calls) - sum(calls) == minibatches

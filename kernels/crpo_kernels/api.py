@@ -29,10 +29,12 @@ Both take the head the same way:
                      "auto": one_pass wherever the coefficients are known before the head runs, and
                      for off-policy gspo where chunks of whole sequences fit and cost no more: give
                      cu_seqlens (and rows) on the CPU, a GPU is not asked for them. Logged once
+                     "fused": `linear_logprobs` without gradients in one Triton kernel
     workspace_bytes  bound on logits, gradient factors and scratch together, refused below what one
                      row needs; a fp32 d_weight that accumulates counts as a gradient. None: 1 GiB
                      on a CPU, 4 V D + 8192 V bytes on a GPU, or half of what is free if less;
-                     a number where torch.utils.checkpoint runs the call again, as that may change
+                     a number where torch.utils.checkpoint runs the call again, as that may change.
+                     The fused kernel makes no logits: it only bounds what it gathers of hidden
     process_group, vocab_start   vocabulary-parallel heads; not implemented
 
 Results are fp32 (fp64 for fp64 inputs). On a CPU bf16 products are rounded to bf16, as in any bf16
@@ -51,8 +53,7 @@ import torch
 from torch import Tensor
 
 from .call import HeadCall
-from .dispatch import one_pass_reason
-from .spec import Logprobs, ObjectiveSpec, TokenStats
+from .spec import Logprobs, ObjectiveSpec, RunOptions, TokenStats
 from .traced import HeadInputs, traced_logprobs, traced_policy_loss
 from .validate import check_objective, check_vocabulary_shard
 
@@ -75,13 +76,21 @@ def linear_logprobs(
     backend: str = "auto",
     mode: str = "auto",
     workspace_bytes: int | None = None,
+    head_dtype: torch.dtype | None = None,
     process_group: object = None,
     vocab_start: int = 0,
 ) -> Logprobs:
     """The log-probability of each label, the entropy and the log-sum-exp, without all logits.
 
     Arguments as in the module's docstring. ``mode="one_pass"`` needs the loss inside
-    (`linear_policy_loss`) and is refused when a gradient is asked for.
+    (`linear_policy_loss`) and is refused when a gradient is asked for. Without a gradient
+    ("scoring") "auto" takes the fused kernel or the chunk loop, whichever is faster by what is
+    known of the device (`scorer`); "fused" insists on the first, the other names on the second.
+
+    ``head_dtype=torch.float8_e4m3fn`` scores with weight and hidden rounded to eight bits, each row
+    by its own scale (`quantised`): approximate logprobs, to be compared with exact ones before they
+    are trusted. Each call quantises the weight, which is read once more for it; the fused kernel
+    gets a copy of V D bytes, which is no part of ``workspace_bytes``.
 
     Returns:
         `Logprobs` of ``[T]`` in nats, differentiable once in hidden, weight and bias through any of
@@ -94,15 +103,15 @@ def linear_logprobs(
     check_vocabulary_shard(process_group, vocab_start)
     transform = (temperature, logit_scale, logit_softcap)
     inputs = HeadInputs(hidden, weight, labels, bias, transform, rows)
-    run = (backend, mode, workspace_bytes)
+    run = RunOptions(backend, mode, workspace_bytes, head_dtype)
     if torch.compiler.is_compiling() and backend != "dense":
         return traced_logprobs(inputs, run)
     return _outside_graphs(_logprobs, inputs, run)
 
 
-def _logprobs(inputs: HeadInputs, run: tuple[str, str, int | None]) -> Logprobs:
+def _logprobs(inputs: HeadInputs, run: RunOptions) -> Logprobs:
     call = HeadCall(*inputs)
-    call.plan(*run, one_pass_reason(None, is_on_policy=True) if call.needs_any else None)
+    call.plan_logprobs(run, call.needs_any)
     outputs, _ = call.logprobs()
     return Logprobs(*(call.scatter(value) for value in outputs))
 
@@ -154,7 +163,7 @@ def linear_policy_loss(
     }
     transform = (temperature, logit_scale, logit_softcap)
     inputs = HeadInputs(hidden, weight, labels, bias, transform, rows)
-    run = (backend, mode, workspace_bytes)
+    run = RunOptions(backend, mode, workspace_bytes)
     if torch.compiler.is_compiling() and backend != "dense":
         return traced_policy_loss(inputs, run, vectors, spec, cu_seqlens)
     return _outside_graphs(_policy_loss, inputs, run, vectors, spec, cu_seqlens)
@@ -162,7 +171,7 @@ def linear_policy_loss(
 
 def _policy_loss(
     inputs: HeadInputs,
-    run: tuple[str, str, int | None],
+    run: RunOptions,
     vectors: dict[str, Tensor | None],
     spec: ObjectiveSpec,
     cu_seqlens: Tensor | None,

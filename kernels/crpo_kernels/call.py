@@ -15,12 +15,22 @@ from .aligned import Lengths, counted_lengths
 from .autograd import ObjectiveLoss, OnePassLoss, head_logprobs
 from .chunked import Head, one_pass, stats_dtype, without_autocast
 from .compilation import uncompiled_reason
-from .dispatch import choose_backend, choose_plan, log_choice, one_pass_reason
+from .dispatch import (
+    choose_backend,
+    choose_plan,
+    log_choice,
+    mode_reason,
+    one_pass_reason,
+    plan_scoring,
+)
 from .host import is_fake
+from .plan import HeadSizes
+from .quantised import check_head_dtype, widened
 from .reference import dense_logits, dense_logprobs
 from .row_table import Objective, RowTable
 from .rows import LogitView
-from .spec import Logprobs, ObjectiveSpec, TokenInputs, TokenStats
+from .scorer import scorer_reason
+from .spec import Logprobs, ObjectiveSpec, RunOptions, TokenInputs, TokenStats
 from .terms import LossRows, Sequences
 from .validate import (
     check_labels,
@@ -126,7 +136,7 @@ class HeadCall:
 
     def plan_loss(
         self,
-        run: tuple[str, str, int | None],  # backend, mode, workspace_bytes
+        run: RunOptions,
         vectors: dict[str, Tensor | None],  # of [T]
         spec: ObjectiveSpec,
         cu_seqlens: Tensor | None,  # [B + 1]
@@ -142,45 +152,63 @@ class HeadCall:
             ids, count = sequence_of_token(cu_seqlens, self.num_rows, self.hidden.device)
             sequences = Sequences(self.compact(ids), count)
             lengths = None if is_on_policy else self.sequence_lengths(cu_seqlens)
-        self.plan(*run, one_pass_reason(spec, is_on_policy), lengths)
+        self.plan(run, one_pass_reason(spec, is_on_policy), lengths)
         return Objective(spec, self.token_inputs(vectors), sequences)
+
+    def plan_logprobs(self, run: RunOptions, needs_any: bool) -> None:
+        """Choose how statistics are made, for a gradient or without one.
+
+        Raises:
+            ValueError: an argument that cannot be right, or a mode that cannot run.
+        """
+        if run.head_dtype is not None:
+            check_head_dtype(run.head_dtype, self.hidden, needs_any)
+        if needs_any:
+            self.plan(run, one_pass_reason(None, is_on_policy=True))
+        else:
+            self.plan(run, None, is_scoring=True)
 
     def plan(
         self,
-        backend: str,
-        mode: str,
-        workspace_bytes: int | None,
+        run: RunOptions,
         one_pass_reason: str | None,
         lengths: Lengths | None = None,
+        *,
         may_keep: bool = True,
+        is_scoring: bool = False,
     ) -> None:
         """Choose backend, mode and chunk size.
 
         Args:
-            backend: as in the call.
-            mode: as in the call.
-            workspace_bytes: as in the call.
+            run: as in the call.
             one_pass_reason: why chunks that know no sequences cannot be one pass, or None.
             lengths: of the sequences, where whole ones in a chunk can be.
             may_keep: whether forward may keep something of all rows for the gradient.
+            is_scoring: statistics alone are wanted, by whatever code.
 
         Raises:
             ValueError: an unknown name, or a backend or mode that cannot run, with the reason.
         """
-        check_workspace(workspace_bytes)
+        check_workspace(run.workspace_bytes)
         choice = choose_backend(
-            backend, self.hidden.device, self.hidden.dtype,
+            run.backend, self.hidden.device, self.hidden.dtype,
             is_fake=is_fake(self.hidden),
         )  # fmt: skip
         num_rows = self.labels.numel()
         eager_reason = uncompiled_reason(self.hidden, num_rows, self.weight.shape[0])
-        plan, reason = choose_plan(
-            self.hidden, self.weight, num_rows, mode, one_pass_reason, lengths,
-            backend=choice.name, workspace_bytes=workspace_bytes,
-            is_compiled=eager_reason is None, may_keep=self.needs_any and may_keep,
-            needs=(self.needs_hidden, self.needs_weight),
+        sizes = HeadSizes(
+            self.hidden, self.weight, num_rows, choice.name, run.workspace_bytes,
+            needs=(self.needs_hidden, self.needs_weight), is_compiled=eager_reason is None,
+            may_keep=self.needs_any and may_keep, is_gathered=self.rows is not None,
+            head_dtype=run.head_dtype,
         )  # fmt: skip
-        log_choice(plan, choice, reason, eager_reason)
+        if is_scoring:
+            plan, scorer = plan_scoring(sizes, run.mode, choice.reason)
+            why = scorer_reason(scorer)
+        else:
+            plan, reason = choose_plan(sizes, run.mode, one_pass_reason, lengths)
+            why = mode_reason(plan, reason)
+        log_choice(plan, choice, why, eager_reason)
         self.head = Head(
             rows=self.rows,
             labels=self.labels,
@@ -189,6 +217,7 @@ class HeadCall:
             needs_hidden=self.needs_hidden,
             needs_weight=self.needs_weight,
             needs_bias=self.needs_bias,
+            head_dtype=run.head_dtype,
         )
 
     def logprobs(self) -> tuple[Logprobs, Tensor]:
@@ -196,8 +225,11 @@ class HeadCall:
         if self.head.plan.backend != "dense":
             return head_logprobs(self.hidden, self.weight, self.bias, self.head)
         hidden = self.hidden if self.rows is None else self.hidden[self.rows]  # [n, D]
+        weight = self.weight
+        if self.head.head_dtype is not None:
+            hidden, weight = widened(hidden), widened(weight)
         with without_autocast(hidden):
-            logits = dense_logits(hidden, self.weight, **self.options)  # [n, V]
+            logits = dense_logits(hidden, weight, **self.options)  # [n, V]
             *outputs, is_top1 = dense_logprobs(logits, self.labels)
         return Logprobs(*outputs), is_top1
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .plan import Plan, is_separate, padded, product_rows, raw_dtype
 from .products import add_product, product, scaled
+from .quantised import put_logits, quantised
 from .row_table import OUTPUTS, SUMS, ExpWork, Objective, RowTable, RowWork
 from .rows import LogitView, RowStats
 from .rows_compiled import CompiledRows
@@ -44,6 +45,7 @@ class Head:
     needs_hidden: bool
     needs_weight: bool
     needs_bias: bool
+    head_dtype: torch.dtype | None = None  # of a quantised head, which only scores
 
     @property
     def needs_any(self) -> bool:
@@ -86,7 +88,8 @@ class Chunks:
         self.is_separate = is_separate(hidden, plan.backend)
         self.has_exps = self.is_kept and self.is_separate
         if kept is None:
-            kept = self._buffer(size, raw_dtype(hidden, plan.backend))
+            is_wide = head.head_dtype is not None  # products of eight bits are fp32
+            kept = self._buffer(size, torch.float32 if is_wide else raw_dtype(hidden, plan.backend))
         self.raw = kept  # [C, V]; of all rows where it was kept
         self.d_raw = self.raw  # [G, V]
         if self.is_separate and head.needs_any and not self.is_kept:
@@ -127,6 +130,9 @@ class Chunks:
         """Raw products of a chunk, in the call's one buffer."""
         out = self.raw[: rows.stop - rows.start]
         if self.is_kept:
+            return out
+        if self.head.head_dtype is not None:
+            put_logits(self.hidden_of(rows), self.weight, out, self.head.plan.slab_rows)
             return out
         return product(self.hidden_of(rows), self.weight.t(), out)
 
@@ -172,6 +178,8 @@ class Chunks:
 
 def score(hidden: Tensor, weight: Tensor, head: Head) -> tuple[RowTable, Tensor | None]:
     """Statistics of all counted rows ``[n]``, and what the plan keeps for their gradient."""
+    if head.plan.scorer == "fused":
+        return fused_score(hidden, weight, head), None
     reads = replace(head, needs_hidden=False, needs_weight=False, needs_bias=False)
     chunks = Chunks(hidden, weight, reads)
     table = RowTable((*SUMS, *OUTPUTS), chunks.num_rows, hidden, stats_dtype(hidden))
@@ -185,6 +193,27 @@ def score(hidden: Tensor, weight: Tensor, head: Head) -> tuple[RowTable, Tensor 
                 if exps is not None:
                     chunks.put_exps(rows, raw, exps, table)
     return table, chunks.raw if kept == "logits" else exps
+
+
+def fused_score(hidden: Tensor, weight: Tensor, head: Head) -> RowTable:
+    """Statistics of all counted rows ``[n]`` by the kernel that writes no logits."""
+    from .linear_triton import linear_stats  # needs triton
+
+    num_rows = head.labels.numel()
+    table = RowTable((*SUMS, *OUTPUTS), num_rows, hidden, torch.float32)
+    with without_autocast(hidden), torch.no_grad():
+        columns = None if head.head_dtype is None or not num_rows else quantised(weight)
+        for group in head.plan.groups(num_rows):
+            for rows in group:
+                counted = None if head.rows is None else head.rows[rows]
+                states = hidden[rows] if counted is None else hidden.index_select(0, counted)
+                where = (head.labels[rows], head.view.take(rows), table, rows)
+                if columns is None:
+                    linear_stats(states, weight, *where)
+                    continue
+                values, scales = quantised(states)
+                linear_stats(values, columns.values, *where, scales=(scales, columns.scales))
+    return table
 
 
 def one_pass(

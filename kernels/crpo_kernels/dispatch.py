@@ -14,6 +14,7 @@ mode      one_pass   gradients are made while a chunk's logits are hot; 6NVD ope
                      e^(z - m) of all rows (torch on a CPU: the logits) fits the workspace and is
                      kept: writing and reading it costs less than a product with the weight (by
                      `aligned`'s rates on a GPU, in bf16, from D = 480 on).
+          fused      scores in one kernel: `scorer` says when `auto` does so without being told
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .aligned import Lengths, TooLong, align, modelled_cost
-from .plan import Plan, Room, make_plan, make_room
+from .plan import HeadSizes, Plan, Room, fused_plan, make_plan, make_room
+from .scorer import ScorerChoice, choose_scorer
 from .spec import ObjectiveSpec, check_choice
 from .support import Obstacle, describe_triton, triton_obstacle, unasked_reason
 
 logger = logging.getLogger("crpo_kernels")
 
 BACKENDS = ("auto", "triton", "torch", "dense")
-MODES = ("auto", "one_pass", "two_pass")
+MODES = ("auto", "one_pass", "two_pass", "fused")
 _KEPT = {
     None: "the logits are computed again for the gradient",
     "logits": "the logits of all rows fit the workspace and are kept",
@@ -111,51 +112,54 @@ def one_pass_reason(spec: ObjectiveSpec | None, is_on_policy: bool) -> str | Non
 
 
 def choose_plan(
-    hidden: Tensor,  # [T, D]
-    weight: Tensor,  # [V, D]
-    num_rows: int,
-    mode: str,
-    why_not: str | None,
-    lengths: Lengths | None,
-    *,
-    backend: str,
-    workspace_bytes: int | None,
-    is_compiled: bool,
-    may_keep: bool = True,
-    needs: tuple[bool, bool] = (True, True),
+    sizes: HeadSizes, mode: str, why_not: str | None, lengths: Lengths | None
 ) -> tuple[Plan, str | None]:
     """How a call runs, and why it is not one_pass if it is not.
 
     Args:
-        hidden: of the call; its sizes, dtype and device are read, no values.
-        weight: likewise.
-        num_rows: counted rows.
+        sizes: of the call.
         mode: as in the call.
         why_not: why chunks that know no sequences cannot be one pass, or None.
         lengths: of the sequences, where whole ones in a chunk can be; else None.
-        backend: that runs.
-        workspace_bytes: as in the call.
-        is_compiled: row passes of the torch backend are generated code.
-        may_keep: whether forward may keep something of all rows for a gradient.
-        needs: whether hidden and weight need a gradient.
 
     Raises:
         ValueError: an unknown mode, one_pass where it cannot run, or too small a workspace.
     """
-    sizes = {
-        "backend": backend, "workspace_bytes": workspace_bytes, "needs_weight_grad": needs[1],
+    own = sizes.planned()
+    bounds = {
+        "backend": sizes.backend, "workspace_bytes": sizes.workspace_bytes,
+        "needs_weight_grad": sizes.needs[1],
     }  # fmt: skip
 
     def plan_of(mode: str) -> Plan:
         return make_plan(
-            hidden, weight, num_rows, mode=mode, needs_grad=may_keep,
-            is_compiled=is_compiled and backend == "torch", **sizes,
+            own.hidden, own.weight, sizes.num_rows, mode=mode, needs_grad=sizes.may_keep,
+            is_compiled=sizes.is_compiled and sizes.backend == "torch", **bounds,
         )  # fmt: skip
 
-    if lengths is None or backend == "dense":
+    if lengths is None or sizes.backend == "dense":
         return plan_of(choose_mode(mode, why_not)), why_not
-    room = make_room(hidden, weight, num_rows, **sizes)
-    return choose_aligned(mode, lengths, plan_of, room, needs)
+    room = make_room(own.hidden, own.weight, sizes.num_rows, **bounds)
+    return choose_aligned(mode, lengths, plan_of, room, sizes.needs)
+
+
+def plan_scoring(sizes: HeadSizes, mode: str, backend_reason: str) -> tuple[Plan, ScorerChoice]:
+    """How `linear_logprobs` runs without gradients, and why.
+
+    Args:
+        sizes: of the call.
+        mode: as in the call.
+        backend_reason: why the backend of ``sizes`` runs.
+
+    Raises:
+        ValueError: an unknown mode, the fused kernel where it cannot run, or too small a workspace
+            for the chunk loop.
+    """
+    check_choice("mode", mode, MODES)
+    choice = choose_scorer(mode, sizes, backend_reason)
+    if choice.name == "fused":
+        return fused_plan(sizes), choice
+    return choose_plan(sizes, mode, None, None)[0], choice
 
 
 def choose_aligned(
@@ -178,7 +182,7 @@ def choose_aligned(
         ValueError: an unknown mode, or one_pass where it cannot run, with the reason.
     """
     reason = one_pass_reason(ObjectiveSpec("gspo"), is_on_policy=False)
-    check_choice("mode", mode, MODES)
+    check_mode(mode)
     if mode == "two_pass":
         return plan_of(mode), "asked for"
     aligned, remedy = None, "Use mode='auto'."
@@ -210,7 +214,7 @@ def choose_mode(mode: str, reason: str | None) -> str:
     Raises:
         ValueError: an unknown mode, or one_pass where it cannot run.
     """
-    check_choice("mode", mode, MODES)
+    check_mode(mode)
     if mode == "one_pass" and reason is not None:
         raise ValueError(
             f"mode: expected 'auto' or 'two_pass', got 'one_pass': {reason}. Use mode='auto'."
@@ -220,13 +224,26 @@ def choose_mode(mode: str, reason: str | None) -> str:
     return mode
 
 
-def log_choice(
-    plan: Plan, backend: BackendChoice, reason: str | None, eager_reason: str | None
-) -> None:
-    """Log each choice once per process, with its reason."""
+def check_mode(mode: str) -> None:
+    """A mode in which a loss or its gradient can be made.
+
+    Raises:
+        ValueError: an unknown one, or the one that only scores.
+    """
+    check_choice("mode", mode, MODES)
+    if mode == "fused":
+        raise ValueError(
+            "mode: expected 'auto', 'one_pass' or 'two_pass' here, got 'fused': a gradient or a "
+            "loss is asked for, and the fused kernel only scores. Call linear_logprobs under "
+            "torch.no_grad(), or pass mode='auto'."
+        )
+
+
+def log_choice(plan: Plan, backend: BackendChoice, why: str, eager_reason: str | None) -> None:
+    """Log each choice once per process; ``why`` is the mode or the scorer with its reason."""
     if backend.reason != "asked for":
         _log_once(f"backend auto: {backend.name} ({backend.reason})")
-    _log_once(f"backend {plan.backend}, {mode_reason(plan, reason)}")
+    _log_once(f"backend {plan.backend}, {why}")
     if plan.backend == "torch":
         _log_once(rows_reason(eager_reason))
 

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .aligned import Lengths
 from .compilation import uncompiled_reason
-from .dispatch import choose_backend, choose_plan, mode_reason, one_pass_reason, rows_reason
+from .dispatch import (
+    choose_backend,
+    choose_plan,
+    mode_reason,
+    one_pass_reason,
+    plan_scoring,
+    rows_reason,
+)
+from .plan import HeadSizes, Plan
+from .quantised import check_head_dtype
+from .scorer import scorer_reason
 from .spec import ObjectiveSpec
 from .validate import check_tensors, check_workspace
 
@@ -26,8 +37,10 @@ def explain_choice(
     backend: str = "auto",
     mode: str = "auto",
     workspace_bytes: int | None = None,
+    is_scoring: bool = False,
+    head_dtype: torch.dtype | None = None,
 ) -> tuple[str, str]:
-    """Backend and mode, and how the row passes run, each with its reason.
+    """Backend and mode (or scorer), and how the row passes run, each with its reason.
 
     Args:
         num_rows: counted tokens of a call.
@@ -42,34 +55,56 @@ def explain_choice(
         backend: as in the call.
         mode: as in the call.
         workspace_bytes: as in the call.
+        is_scoring: of `linear_logprobs` without gradients.
+        head_dtype: as in the call, with ``is_scoring``.
 
     Raises:
         ValueError: what a call of these sizes would refuse, an unknown name, or a backend or mode
             that cannot run, with the reason.
     """
     _check_sizes(num_rows=num_rows, vocab_size=vocab_size, hidden_size=hidden_size)
-    place = _checked_device(device)
-    why_not = one_pass_reason(spec, is_on_policy)
-    # shapes, dtype and device are all that the predicates read
-    hidden = torch.empty(0, hidden_size, dtype=dtype, device=place)
-    weight = torch.empty(1, 1, dtype=dtype, device=place).expand(vocab_size, hidden_size)
-    check_tensors(hidden, weight, hidden.new_empty(0, dtype=torch.int64), None)
+    hidden, weight = _stand_ins(vocab_size, hidden_size, dtype, _checked_device(device))
     check_workspace(workspace_bytes)
-    choice = choose_backend(backend, place, dtype)
+    choice = choose_backend(backend, hidden.device, dtype)
     eager_reason = uncompiled_reason(hidden, num_rows, vocab_size)
-    is_by_sequence = spec is not None and why_not is not None
-    plan, reason = choose_plan(
-        hidden, weight, num_rows, mode, why_not,
-        _checked_lengths(sequence_lengths, num_rows) if is_by_sequence else None,
-        backend=choice.name, workspace_bytes=workspace_bytes, is_compiled=eager_reason is None,
+    sizes = HeadSizes(
+        hidden, weight, num_rows, choice.name, workspace_bytes, may_keep=not is_scoring,
+        needs=(not is_scoring, not is_scoring), is_compiled=eager_reason is None,
+        head_dtype=head_dtype,
     )  # fmt: skip
+    if head_dtype is not None:
+        check_head_dtype(head_dtype, hidden, needs_any=not is_scoring)
+    if is_scoring:
+        plan, scorer = plan_scoring(sizes, mode, choice.reason)
+        why = scorer_reason(scorer)
+    else:
+        why_not = one_pass_reason(spec, is_on_policy)
+        is_by_sequence = spec is not None and why_not is not None
+        lengths = _checked_lengths(sequence_lengths, num_rows) if is_by_sequence else None
+        plan, reason = choose_plan(sizes, mode, why_not, lengths)
+        why = mode_reason(plan, reason)
+    return f"backend {choice.name} ({choice.reason}), {why}", _row_passes(plan, eager_reason)
+
+
+def _stand_ins(
+    vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Hidden states and weight without memory: the predicates read shapes, dtype and device."""
+    hidden = torch.empty(0, hidden_size, dtype=dtype, device=device)
+    weight = torch.empty(1, 1, dtype=dtype, device=device).expand(vocab_size, hidden_size)
+    check_tensors(hidden, weight, hidden.new_empty(0, dtype=torch.int64), None)
+    return hidden, weight
+
+
+def _row_passes(plan: Plan, eager_reason: str | None) -> str:
+    if plan.scorer == "fused":
+        return "no row passes: statistics are made with the product"
     passes = {
         "triton": "row passes by Triton kernels",
         "torch": rows_reason(eager_reason),
         "dense": "all logits at once",
     }
-    choices = f"backend {choice.name} ({choice.reason}), {mode_reason(plan, reason)}"
-    return choices, passes[choice.name]
+    return passes[plan.backend]
 
 
 def _check_sizes(**sizes: int) -> None:

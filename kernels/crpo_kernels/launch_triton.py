@@ -65,9 +65,11 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **meta
     if _records:
         _records[-1].append(Launch(kernel, grid, arguments, meta))
         return
-    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-    if is_fake(tensor):
+    tensors = [getattr(v, "base", v) for v in arguments.values()]  # a descriptor's is its base
+    tensors = [v for v in tensors if isinstance(v, Tensor)]
+    if any(is_fake(tensor) for tensor in tensors):
         return
+    tensor = tensors[0]
     with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
         kernel[grid](**arguments, **meta)
 

@@ -123,7 +123,8 @@ def choose_tile(hidden: Tensor, weight: Tensor, target: str | None = None) -> Ti
     Raises:
         ValueError: this kind of GPU has no tile for 8-bit operands.
     """
-    target = target or target_of(hidden.device)
+    if target is None:  # fake: who plans for a GPU needs none
+        target = "sm_90" if is_fake(hidden) else target_of(hidden.device)
     tiles = TILES[target]
     tile = tiles.few if hidden.shape[0] <= tiles.few.block_t else tiles.many
     if hidden.element_size() == 4:

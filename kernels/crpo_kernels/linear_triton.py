@@ -246,7 +246,8 @@ def linear_stats(
     """
     if not hidden.shape[0]:
         return
-    if is_interpreted() and hidden.element_size() < 4:  # whose products of bf16 are wrong
+    is_narrow = hidden.element_size() < 4
+    if is_narrow and is_interpreted() and not is_fake(hidden):  # products of bf16 are wrong there
         hidden, weight = hidden.float(), weight.float()
     (num_rows, dim), vocab_size = hidden.shape, weight.shape[0]
     if tile is None:

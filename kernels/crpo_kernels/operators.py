@@ -32,14 +32,14 @@ from .dispatch import one_pass_reason
 from .products import product, scaled
 from .row_table import OUTPUTS, Objective
 from .rows import RowStats
-from .spec import Logprobs, ObjectiveSpec, TokenInputs, TokenStats
+from .spec import Logprobs, ObjectiveSpec, RunOptions, TokenInputs, TokenStats
 from .terms import Coefficients, evaluate
 from .validate import check_objective
 
 HEAD_SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? rows, "
     "Tensor? temperatures, float temperature, float logit_scale, float? logit_softcap, "
-    "str backend, str mode, SymInt? workspace_bytes, bool[] needs"
+    "str backend, str mode, SymInt? workspace_bytes, ScalarType? head_dtype, bool[] needs"
 )
 OBJECTIVE_SCHEMA = (
     "Tensor? token_weights, Tensor? advantages, Tensor? entropy_weights, Tensor? z_loss_weights, "
@@ -66,6 +66,7 @@ class HeadArguments(NamedTuple):
     backend: str
     mode: str
     workspace_bytes: int | None
+    head_dtype: torch.dtype | None
     needs: Sequence[bool]  # whether hidden, weight and bias need a gradient
 
     def call(self) -> HeadCall:
@@ -81,9 +82,9 @@ class HeadArguments(NamedTuple):
         )
 
     @property
-    def run(self) -> tuple[str, str, int | None]:
+    def run(self) -> RunOptions:
         """How it shall run."""
-        return self.backend, self.mode, self.workspace_bytes
+        return RunOptions(self.backend, self.mode, self.workspace_bytes, self.head_dtype)
 
     def num_rows(self) -> int:
         """T, of fake tensors a symbol."""
@@ -238,9 +239,8 @@ def _logprobs(*arguments: Any) -> tuple[Tensor, ...]:
     """logprobs, entropy and lse ``[T]``, and what the gradient of a row needs ``[4, T]``."""
     head = HeadArguments(*arguments)
     with torch.no_grad(), without_autocast(head.hidden):
-        reason = one_pass_reason(None, is_on_policy=True) if any(head.needs) else None
         call = head._replace(needs=NOTHING).call()  # nothing is kept here for a backward
-        call.plan(*head.run, reason)
+        call.plan_logprobs(head.run, any(head.needs))
         table, _ = score(call.hidden, call.weight, call.head)
         columns = [call.scatter(table.column(name)) for name in (*OUTPUTS[:3], *KEPT)]
         return *(column.clone() for column in columns[:3]), torch.stack(columns[3:])
@@ -273,7 +273,7 @@ def _backprop(*arguments: Any) -> tuple[Tensor, ...]:
     logprobs, kept, *grads = arguments[NUM_HEAD:]
     with torch.no_grad(), without_autocast(head.hidden):
         call = head.call()
-        call.plan(*head.run, one_pass_reason(None, is_on_policy=True), may_keep=False)
+        call.plan(head.run, one_pass_reason(None, is_on_policy=True), may_keep=False)
         stats = RowStats(*(call.compact(column) for column in (logprobs, *kept)))
         g, q, l = (grad if grad is None else call.compact(grad) for grad in grads)  # noqa: E741
         if g is None:

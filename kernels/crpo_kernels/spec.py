@@ -4,6 +4,7 @@
     TokenInputs     the constants of one call, one value a token
     Logprobs        what `linear_logprobs` returns
     TokenStats      what `linear_policy_loss` returns beside the loss
+    RunOptions      how a call shall run
 
 T is the number of tokens (rows of ``hidden``). Everything is in nats where it is a logarithm.
 """
@@ -110,6 +111,15 @@ def check_choice(argument: str, value: object, choices: tuple) -> None:
     near = difflib.get_close_matches(str(value), names, n=1)
     advice = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
     raise ValueError(f"{argument}: expected one of {list(choices)}, got {value!r}. {advice}")
+
+
+class RunOptions(NamedTuple):
+    """How a call shall run; see `api`."""
+
+    backend: str = "auto"
+    mode: str = "auto"
+    workspace_bytes: int | None = None
+    head_dtype: torch.dtype | None = None  # of `linear_logprobs` alone
 
 
 class TokenInputs(NamedTuple):

@@ -7,7 +7,8 @@ graph needs shapes that do not depend on the labels, hence three differences:
     call keeps the factor dZ (counted rows x V, in the dtype of hidden) while that is smaller; until
     forward ends both exist
     the two passes of gspo both run in forward
-    `linear_logprobs` keeps no logits and no exponentials: backward makes the logits again, by which
+    `linear_logprobs` scores by the fused kernel where an eager call without gradients would; with
+    one it keeps no logits and no exponentials: backward makes the logits again, by which
     its gradients are those of an eager call up to the rounding of exponentials that one may keep
 
 What is traced here reads no values. Arguments are checked when the operator runs, where a mistake
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .call import cast_for_autocast, needs_gradient
 from .operators import VECTORS, HeadArguments, logprobs_op, policy_loss_op
-from .spec import OPTIONS, Logprobs, ObjectiveSpec, TokenStats
+from .spec import OPTIONS, Logprobs, ObjectiveSpec, RunOptions, TokenStats
 from .validate import check_objective, check_plain
 
 
@@ -41,7 +42,7 @@ class HeadInputs(NamedTuple):
 
 def _head_arguments(
     inputs: HeadInputs,
-    run: tuple[str, str, int | None],  # backend, mode, workspace_bytes
+    run: RunOptions,
 ) -> HeadArguments:
     hidden, weight, labels, bias, transform, rows = inputs
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
@@ -69,7 +70,7 @@ def _head_arguments(
 
 def traced_policy_loss(
     inputs: HeadInputs,
-    run: tuple[str, str, int | None],  # backend, mode, workspace_bytes
+    run: RunOptions,
     vectors: dict[str, Tensor | None],  # of [T], by their names in `VECTORS`
     spec: ObjectiveSpec,
     cu_seqlens: Tensor | None,  # [B + 1]
@@ -98,7 +99,7 @@ def traced_policy_loss(
 
 def traced_logprobs(
     inputs: HeadInputs,
-    run: tuple[str, str, int | None],  # backend, mode, workspace_bytes
+    run: RunOptions,
 ) -> Logprobs:
     """`linear_logprobs` of a call that is being traced.
 
