@@ -112,36 +112,41 @@ def measure_seconds(
     times: Times = {candidate.key: {kind: [] for kind in KINDS} for candidate in candidates}
     missing: dict[str, str] = {}
     for turn in range(rounds):
-        for candidate in candidates:
+        for place, candidate in enumerate(candidates):
             key, wanted = candidate.key, rounds if candidate.rounds is None else candidate.rounds
             if key in missing or turn >= wanted:
                 continue
-            given = candidate.inputs_of(inputs)
-            for kind in kinds_in_time(until - time.monotonic(), expected[key], turn):
-                left = until - time.monotonic()
-                try:
-                    seconds = timed(candidate, given, clock, kind, left)
-                except (Exception, OutOfTime) as error:
-                    if candidate.is_ours or candidate.is_floor:
-                        raise
-                    missing[key] = f"{type(error).__name__}: {str(error)[:200]}"
-                    break
-                times[key][kind].append(seconds)
-                say(f"round {turn + 1}: {candidate.title}: {kind} {seconds:.4g} s")
-    for key, found in times.items():
-        if not found["warm"] and key not in missing:
-            missing[key] = LATE
-    return times, missing
+            others = [] if turn else [expected[later.key] for later in candidates[place + 1 :]]
+            left = until - time.monotonic()
+            kinds = kinds_in_time(left, expected[key], sum(others), turn)
+            try:
+                for kind in kinds:
+                    left = until - time.monotonic()
+                    seconds = timed(candidate, candidate.inputs_of(inputs), clock, kind, left)
+                    times[key][kind].append(seconds)
+                    say(f"round {turn + 1}: {candidate.title}: {kind} {seconds:.4g} s")
+            except (Exception, OutOfTime) as error:
+                if candidate.is_ours or candidate.is_floor:
+                    raise
+                missing[key] = f"{type(error).__name__}: {str(error)[:200]}"
+    late = {key: LATE for key, found in times.items() if not found["warm"]}
+    return times, late | missing
 
 
-def kinds_in_time(left: float, expected: float, turn: int) -> tuple[str, ...]:
+def kinds_in_time(left: float, expected: float, others: float, turn: int) -> tuple[str, ...]:
     """The steps of a candidate in a round: both; in the first, when time is short, a single one.
 
     That one follows another candidate's step instead of its own.
+
+    Args:
+        left: seconds until the end.
+        expected: seconds of a step.
+        others: seconds that candidates without any step yet will take for one.
+        turn: number of the round.
     """
-    if left >= 2 * expected:
+    if left >= 2 * expected + others:
         return "cold", "warm"
-    return ("warm",) if turn == 0 and left > 0 else ()
+    return ("warm",) if turn == 0 and left >= expected else ()
 
 
 def timed(candidate: Candidate, given: Inputs, clock: Clock, kind: str, left: float) -> float:

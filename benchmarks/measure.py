@@ -23,7 +23,7 @@ from .output import say
 ERROR_ROWS, ERROR_COLUMNS = 32, 4096
 NO_MEMORY = {"extra_bytes": 0, "peak_bytes": 0}  # bare products: their buffers exist already
 SHORTEST = 1e-9  # seconds: a clock that did not move must not end in a division by zero
-PRODUCTS_OF_A_CANDIDATE = 5  # times its floor that one takes at least, errors and rounds included
+LEAST_FLOORS = 3  # times the floor that a candidate takes at least: memory, one round, errors
 
 
 @dataclass
@@ -110,7 +110,7 @@ def measure(
         if candidate.key in found.missing:
             continue
         left = until - time.monotonic() - reserve(candidates, found)
-        least = PRODUCTS_OF_A_CANDIDATE * min(found.expected.values(), default=0.0)
+        least = LEAST_FLOORS * min(found.expected.values(), default=0.0)
         if left < least:
             found.missing[candidate.key] = LATE
             say(f"{candidate.title}: {LATE}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
+
+from crpo_kernels import unsupported_reason
 
 from .cases import DTYPES, SHAPES, Case, named_case
 from .output import RESULTS, positive_seconds
@@ -58,6 +61,10 @@ def refusal(options: argparse.Namespace) -> str | None:
             "--device: expected cpu, got cuda, but torch sees no CUDA device here. "
             "Type --device cpu, or run it on a machine with a GPU."
         )
+    for backend, dtype in product(options.backend or (), options.dtype):
+        why = unsupported_reason(backend, options.device, DTYPES[dtype])
+        if why is not None:
+            return f"--backend: expected one that runs here, got {backend}: {why}. Type auto."
     if options.inputs is None:
         return None
     if options.shape or options.vocab or options.dim:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import baselines, loss, score
+from benchmarks import baselines, loss, options, score
 from benchmarks.__main__ import main
+from benchmarks.candidates import loss_candidates
 from benchmarks.cases import SHAPES, Case, make_inputs, named_case
 from benchmarks.checkpoint import checkpoint_case, checkpoint_inputs
+from benchmarks.clock import Clock
+from benchmarks.measure import measure
 from benchmarks.options import CPU_ROUNDS, backends_of, cases_of, rounds_of, seconds_of
 from crpo_fast.models import build_model, export_model, train_tokenizer
 
@@ -32,9 +36,9 @@ def test_the_spectrum_has_the_entropy_of_text(kind, vocab, dim):
     assert 0.2 < low < 0.6
     assert 1.8 < high < 3.5
     assert -4 < float(logprobs.mean()) < -1  # labels are likely tokens
-    lengths = inputs.weight.float().norm(dim=1)
+    lengths = inputs.weight.detach().float().norm(dim=1)
     assert 0.95 < float(lengths.mean()) < 1.05
-    first, last = inputs.weight.float().square().mean(0)[[0, -1]]
+    first, last = inputs.weight.detach().float().square().mean(0)[[0, -1]]
     assert float(first / last) == pytest.approx(1 + (dim - 1) / 32, rel=0.1)  # it falls off
 
 
@@ -104,17 +108,24 @@ def test_options_choose_shapes_dtypes_and_rounds():
     assert backends_of(parsed("--backend", "torch", "triton")) == ["torch", "triton"]
 
 
+REASONS = {"triton": "no GPU"}
 MISTAKES = {
     "a shape beside a model": (
         ["--inputs", "{tmp}", "--shape", "ragged"],
         "--inputs: expected no --shape, --vocab or --dim beside it",
+    ),
+    "a backend that cannot run": (
+        ["--backend", "torch", "triton"],
+        "--backend: expected one that runs here, got triton: no GPU. Type auto.",
     ),
     "no model": (["--inputs", "{tmp}"], "--inputs: expected a transformers folder with a config"),
 }
 
 
 @pytest.mark.parametrize(("words", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_refused_with_what_to_type(words, said, tmp_path, capsys):
+def test_a_mistake_is_refused_with_what_to_type(words, said, tmp_path, capsys, monkeypatch):
+    # in this process the kernels are interpreted, and would run
+    monkeypatch.setattr(options, "unsupported_reason", lambda name, *_: REASONS.get(name))
     assert main(["loss", *(word.format(tmp=tmp_path) for word in words)]) == 2
     assert capsys.readouterr().out.startswith(said)
 
@@ -172,6 +183,20 @@ def test_a_head_with_a_bias_is_refused(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: (model, tokenizer))
     with pytest.raises(SystemExit, match="--inputs: expected a model whose head has no bias"):
         main(["score", "--inputs", str(folder)])
+
+
+@pytest.mark.parametrize("sizes", [(1, 7, 3), (2, 1, 1)])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
+def test_few_rows_divide_nothing_by_zero(sizes, kind):
+    cpu, case = torch.device("cpu"), Case(*sizes, kind)
+    made = [c for c in loss_candidates(case, cpu, ["torch"]) if c.kind != "peer"]
+    rows = measure(case, made, Clock(cpu), 1)["rows"]
+    ours = [row for row in rows if row["kind"] == "ours" and "missing" not in row]
+    assert len(ours) == 3
+    for row in ours:
+        assert row["wrong"] == ""
+        values = [value for errors in row["errors"].values() for value in errors.values()]
+        assert all(math.isfinite(value) for value in values)
 
 
 def test_two_commands_share_their_options():
