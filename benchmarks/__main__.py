@@ -17,6 +17,7 @@ COMMANDS = {
     "gpu-gate": "correctness, memory and the targets' table on one GPU; --rehearse on a CPU",
     "growth": "time and memory against sizes, settings and ranks, with fitted exponents",
     "loss": "the fused loss beside its floor and its peers",
+    "memory": "peak bytes of every candidate by shape, against the bound of the design",
     "plot": "draw .md, .svg and .csv of result files again",
     "quickstart": "the main job over seeds beside its rivals",
     "record": "keep the result of a finished run",

@@ -45,9 +45,9 @@ SECONDS = {"cpu": 150.0, "cuda": 240.0}
 SHARES = {  # of the time, of those parts that are left
     "planned": 1.0,
     "ranks": 4.0,
-    "rows": 9.0,
-    "vocab": 1.5,
-    "dim": 1.5,
+    "rows": 8.0,
+    "vocab": 3.0,
+    "dim": 3.0,
     "workspace": 1.5,
     "chunk": 1.5,
 }

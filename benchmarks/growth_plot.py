@@ -153,17 +153,28 @@ def csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             about = {"sweep": sweep["name"], "fixed": sweep["fixed"], "axis": sweep["x"]}
             about |= {"unit": sweep["unit"], "line": line["key"]}
             rows += [
-                {**about, **{k: v for k, v in point.items() if k != "spent"}}
+                {**about, **{k: v for k, v in point.items() if k != "cost"}}
                 for point in line["points"]
             ]
             rows += [{**about, "x": p["x"], "missing": p["reason"]} for p in line["dropped"]]
     return rows
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The exponents and the checks alone, for the README."""
-    failed = [check["text"] for check in report["checks"] if check["met"] is False]
-    end = f"{len(failed)} of {len(report['checks'])} checks failed: {'; '.join(failed)}."
+def readme_block(report: dict[str, Any], stem: str) -> str:
+    """For the README: exponents, the checks in a sentence, ranks, the picture."""
+    machine, judged = report["machine"], [c for c in report["checks"] if c["met"] is not None]
+    failed = [check["text"] for check in judged if not check["met"]]
+    end = f"{len(failed)} of {len(judged)} checks failed: {'; '.join(failed)}."
     if not failed:
-        end = f"All {len(report['checks'])} checks of memory and equality of ranks are met."
-    return f"{exponents(report)}\n\n{end}"
+        end = (
+            f"All {len(judged)} checks (bytes within the bound and flat in T, equal ranks) are met."
+        )
+    where = place(machine)
+    parts = [
+        f"`{report['command']}`, {machine['date']}, commit {machine['commit']}. {where}",
+        f"{end} Values, checks and what is missing: [{stem}.md](benchmarks/results/{stem}.md).",
+        exponents(report),
+        *(ranks(report["ranks"])[1:] if report["ranks"] else []),
+        f"![Seconds and bytes against sizes, settings and ranks](benchmarks/results/{stem}.svg)",
+    ]
+    return "\n\n".join(parts)

@@ -12,6 +12,7 @@ from .growth_sizes import Sizes
 from .growth_sweeps import (
     Series,
     Watch,
+    cost_of,
     held,
     late_reason,
     ring_of,
@@ -60,8 +61,7 @@ def settings_sweep(
                         )
                     else:
                         point = held(candidate, inputs, sizes.fixed, is_gpu=is_gpu)
-                spent = round(time.monotonic() - begin, 3)
-                line.points.append({"x": value, **point, "spent": spent})
+                line.points.append({"x": value, **point, "cost": cost_of(point, begin)})
                 say(f"{x} {value:g}: {line.title}: {point['y']:.4g} {unit}")
         kind = "seconds" if unit == "s" else "bytes"
         found.append(sweep_json(f"{name}_{kind}", x, unit, fixed, lines.values()))

@@ -139,16 +139,21 @@ def time_point(step: Callable[[], object], watch: Watch, is_first: bool) -> dict
     }
 
 
-def late_reason(series: Series, x: float, watch: Watch, runs: int = 1) -> str | None:
+def late_reason(series: Series, x: float, watch: Watch) -> str | None:
     """Why a point would come too late, by the time that the one before took; None if it fits."""
-    spent = series.points[-1].get("spent", 0.0) if series.points else 0.0
-    ratio = x / series.points[-1]["x"] if series.points else 1.0
-    needed = spent * max(1.0, ratio) * runs
+    last = series.points[-1] if series.points else {"x": x, "cost": 0.0}
+    needed = last["cost"] * max(1.0, x / last["x"])
     if series.dropped:
         return series.dropped[-1]["reason"]
     if watch.left > needed:
         return None
     return f"{LATE}: about {needed:.0f} s needed, {max(watch.left, 0):.0f} s left"
+
+
+def cost_of(point: dict, begin: float) -> float:
+    """Seconds that a point took since ``begin``, without what is done at the first one alone."""
+    runs = point.get("count")
+    return round(time.monotonic() - begin if runs is None else point["y"] * (runs + 1), 4)
 
 
 def memory_reason(case: Case, device: torch.device) -> str | None:
@@ -210,8 +215,7 @@ def sweep(
                 )
             else:
                 found = held(candidate, given, case, is_gpu=watch.device.type == "cuda")
-            spent = time.monotonic() - begin
-            line.points.append({"x": value, **found, "spent": round(spent, 3)})
+            line.points.append({"x": value, **found, "cost": cost_of(found, begin)})
             say(f"{x} {value:g}: {line.title}: {found['y']:.4g} {unit}")
 
 

@@ -1,10 +1,16 @@
-"""Bytes of tensors: what a computation makes and still holds, at its peak."""
+"""Bytes by shape and candidate: `python -m benchmarks memory --device cpu`.
+
+What the command does is in `memory_table`; here is what counts bytes of tensors: those that a
+computation makes and still holds, at its peak.
+"""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,3 +125,24 @@ def memory_of(candidate: Candidate, inputs: Inputs) -> dict[str, int]:
     else:
         peak = max([*forward, last - sum(t.numel() * t.element_size() for t in outputs)])
     return {"extra_bytes": max([*forward, last]), "peak_bytes": max(peak, 0)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    from . import memory_table  # which counts with what is above
+
+    memory_table.add_arguments(parser)
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """See `memory_table.run`."""
+    from . import memory_table
+
+    return memory_table.run(options, command)
+
+
+def measure_memory(options: Any, deadline: float) -> dict[str, Any]:
+    """See `memory_table.measure_memory`."""
+    from . import memory_table
+
+    return memory_table.measure_memory(options, deadline)

@@ -42,7 +42,8 @@ def planned_bytes(
         workspace_bytes: of the call; None: the default.
 
     Returns:
-        extra_bytes of everything, and output_bytes, the gradients among them.
+        extra_bytes of everything, output_bytes of the gradients among them, and peak_bytes beyond
+        inputs and outputs.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
@@ -58,9 +59,10 @@ def planned_bytes(
     step = steps.get(key, lambda given: _fused(given, key, backend, workspace_bytes, fake))
     with LiveBytes(*inputs.tensors()) as counter:
         made = step(inputs)
-        peak = counter.peak
+        values = [value for value in vars(made).values() if isinstance(value, Tensor)]
+        peak, beyond = counter.peak, counter.peak_without(values)
     outputs = sum(g.nbytes for g in (made.d_hidden, made.d_weight) if g is not None)
-    return {"extra_bytes": peak, "output_bytes": outputs}
+    return {"extra_bytes": peak, "output_bytes": outputs, "peak_bytes": beyond}
 
 
 def _inputs(case: Case, hidden: Tensor, weight: Tensor) -> Inputs:

@@ -21,7 +21,7 @@ DRAWERS = {  # kind of a report -> the module that draws it
     "loss": "loss_plot",
     "score": "loss_plot",
     "growth": "growth_plot",
-    "memory": "growth_plot",
+    "memory": "memory_plot",
     "step": "step_plot",
     "rollout": "rollout_plot",
     "gpu-gate": "gpu_gate",

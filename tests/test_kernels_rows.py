@@ -252,3 +252,30 @@ def test_errors_of_this_file_are_measured_right():
     assert rel_error(torch.tensor([1.0, 2.1]), torch.tensor([1.0, 2.0])) == pytest.approx(0.05)
     with pytest.raises(AssertionError, match="flat index 1"):
         assert_near(torch.tensor([1.0, 2.1]), torch.tensor([1.0, 2.0]), 1e-3)
+
+
+def test_generated_code_gets_no_memory_twice(monkeypatch):
+    """torch.compile's code for two arguments of one memory fails for chunks of several sizes."""
+    from crpo_kernels import rows_compiled
+
+    seen = []
+
+    def plain(function, *_variant):
+        def call(*arguments):
+            seen.append([x.data_ptr() for x in arguments if isinstance(x, torch.Tensor)])
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(rows_compiled, "_compiled", plain)
+    hidden, weight = torch.randn(40, 8, requires_grad=True), torch.randn(300, 8)
+    sizes = {"token_weights": torch.ones(40), "spec": ck.ObjectiveSpec("sft")}
+    labels = torch.arange(40)
+    truth, _ = ck.linear_policy_loss(hidden, weight, labels, **sizes)
+    (wanted,) = torch.autograd.grad(truth, hidden)
+    monkeypatch.setattr("crpo_kernels.call.uncompiled_reason", lambda *_: None)
+    loss, _ = ck.linear_policy_loss(hidden, weight, labels, workspace_bytes=1 << 16, **sizes)
+    (found,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(found, wanted)
+    assert len(seen) == 4  # statistics and gradients of two chunks
+    assert all(len(set(pointers)) == len(pointers) for pointers in seen)

@@ -49,7 +49,7 @@ def _stats(
 
 def _grad_(
     raw: Tensor,  # [C, V]
-    d_raw: Tensor,  # [C, V] written; may be ``raw`` itself
+    d_raw: Tensor | None,  # [C, V] written; None: ``raw`` is
     logits: tuple[Tensor | None, Tensor | None, Tensor],  # bias, inner, outer of `_logits`
     columns: tuple[Tensor, Tensor, Tensor, Tensor | None],  # m, log s, a, b: [C, 1] each
 ) -> None:
@@ -60,7 +60,7 @@ def _grad_(
     dz = p * (a if b is None else a + b * shifted)
     if logits[1] is not None:
         dz = dz * (1.0 - torch.square(z / logits[2]))
-    d_raw.copy_(dz)
+    (raw if d_raw is None else d_raw).copy_(dz)
 
 
 @cache
@@ -124,7 +124,10 @@ class CompiledRows(TorchRows):
             None if x is None else x.unsqueeze(1) for x in (stats.maximum, stats.log_sum, a, b)
         )
         arguments = _arguments(view, raw.shape[0], stats.logprobs)
-        variant = (raw.dtype, raw is d_raw, *(x is None for x in (*arguments, b)))
-        _compiled(_grad_, *variant)(raw, d_raw, arguments, columns)
+        # two arguments of one memory would be one base with views to torch.compile, whose code for
+        # chunks of several sizes may then name a size that it does not have (torch 2.13)
+        target = None if raw.data_ptr() == d_raw.data_ptr() else d_raw
+        variant = (raw.dtype, target is None, *(x is None for x in (*arguments, b)))
+        _compiled(_grad_, *variant)(raw, target, arguments, columns)
         rows = torch.arange(raw.shape[0], device=raw.device)
         d_raw[rows, labels] = label_grad.to(d_raw.dtype)

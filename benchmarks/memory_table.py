@@ -1,0 +1,183 @@
+"""Peak bytes of every candidate by shape, against the bound of the design.
+
+Measured on the device at its own numbers of rows; values do not matter to memory, so the head is
+zeros. Beside them, clearly apart, what a call of a GPU's size asks for: the package's own code on
+fake tensors (`planned`), which measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import plot
+from .baselines import Candidate
+from .candidates import loss_candidates, score_candidates
+from .cases import DTYPES, GPU_ROWS, SHAPES, Case, Inputs, with_weights
+from .deadline import LATE, OutOfTime, at_most_seconds
+from .growth_sweeps import memory_reason
+from .machine import machine
+from .measure import release
+from .memory import memory_of
+from .options import DEVICES, cases_of, positive
+from .output import RESULTS, positive_seconds, say
+from .planned import KEYS, TITLES, bound_bytes, planned_bytes
+
+SECONDS = {"cpu": 150.0, "cuda": 300.0}
+PEER_SECONDS = 90.0
+BOUNDS = {  # keys of ours -> whose bound
+    "one_pass": "one_pass",
+    "two_pass": "two_pass",
+    "recompute": "two_pass",
+    "scored": "scored",
+    "scored_fused": "scored",
+}
+LEFT_OUT = ("one_pass_eager", "compiled")  # the same bytes, eager code; compiles for minutes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), help="named shapes; else all")
+    parser.add_argument("--rows", type=positive, help="rows T: a shape of one's own, or of --shape")
+    parser.add_argument("--vocab", type=positive, help="vocabulary V, in the same way")
+    parser.add_argument("--dim", type=positive, help="hidden size D, in the same way")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16"])
+    parser.add_argument("--only", nargs="+", help="keys of candidates")
+    parser.add_argument("--threads", type=positive, default=2, help="torch threads (default 2)")
+    parser.add_argument("--seconds", type=positive_seconds, help="limit: what is late is dropped")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Measure, print the page, write the files; 1 when a bound is exceeded."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        message = "--device: expected cpu, got cuda, but torch sees no CUDA device here."
+        print(f"{message} Type --device cpu, or run it on a machine with a GPU.")
+        return 2
+    seconds = options.seconds or SECONDS[options.device]
+    report = {**measure_memory(options, time.monotonic() + seconds), "command": command}
+    files = plot.write(report, options.out / f"memory_{options.device}")
+    print(plot.drawer(report).page(report))
+    print("written:", *files)
+    return 1 if any(row.get("met") is False for row in all_rows(report)) else 0
+
+
+def all_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measured and planned rows of all shapes."""
+    return [row for case in report["cases"] for row in (*case["rows"], *case["planned"])]
+
+
+def measure_memory(options: Any, deadline: float) -> dict[str, Any]:
+    """A report of kind "memory".
+
+    Args:
+        options: of the command.
+        deadline: `time.monotonic()` after which nothing new is measured.
+    """
+    begin, device = time.monotonic(), torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(options.threads)
+    cases = cases_of(options)
+    found = []
+    for place, case in enumerate(cases):
+        share = (deadline - time.monotonic()) / (len(cases) - place)
+        found.append(one_case(case, device, options, time.monotonic() + share))
+        release(device)
+    report = {"kind": "memory", "command": "", "machine": machine(device), "cases": found}
+    return {**report, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def one_case(case: Case, device: torch.device, options: Any, deadline: float) -> dict[str, Any]:
+    """Every candidate of a shape; planned calls of the same head with a GPU's rows."""
+    say(f"{case.shape}: {case.name}")
+    made = [*loss_candidates(case, device, ["auto"]), *score_candidates(case, device, ["auto"])]
+    chosen = {c.key: c for c in made if not c.is_floor and c.key not in LEFT_OUT}
+    only = getattr(options, "only", None)
+    rows = []
+    inputs: Inputs | None = None
+    for candidate in chosen.values():
+        if only is not None and candidate.key not in only:
+            continue
+        why = candidate.missing()
+        if why is None and time.monotonic() >= deadline:
+            why = LATE
+        if why is None and candidate.kind == "plain" and candidate.num_products > 1:
+            why = memory_reason(case, device)
+        if why is None and inputs is None:
+            inputs = plain_inputs(case, device)
+        rows.append(one_row(candidate, case, inputs, why))
+    large = replace(case, num_rows=options.rows or max(GPU_ROWS, case.num_rows))
+    return {
+        "name": case.shape,
+        "case": case.name,
+        "rows_t": case.num_rows,
+        "vocab": case.vocab_size,
+        "dim": case.dim,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "rows": rows,
+        "planned_case": large.name,
+        "planned": [planned_row(key, large) for key in KEYS],
+    }
+
+
+def plain_inputs(case: Case, device: torch.device) -> Inputs:
+    """Inputs of a case with a head of zeros: made at once."""
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.ones(case.num_rows, case.dim, dtype=case.dtype, device=device)
+    weight = torch.zeros(case.vocab_size, case.dim, dtype=case.dtype, device=device)
+    sizes = (case.vocab_size, (case.num_rows,))
+    labels = torch.randint(*sizes, device=device, generator=generator)
+    return with_weights(case, hidden, weight, labels, generator)
+
+
+def one_row(
+    candidate: Candidate, case: Case, inputs: Inputs | None, why: str | None
+) -> dict[str, Any]:
+    """Bytes of a candidate, or the reason why there are none."""
+    row = {
+        "key": candidate.key,
+        "title": candidate.title,
+        "kind": candidate.kind,
+        "note": candidate.note,
+        "version": "" if candidate.missing() else candidate.version(),
+    }
+    if why is not None or inputs is None:
+        say(f"{candidate.title}: {why}")
+        return {**row, "missing": why}
+    is_gpu = inputs.hidden.is_cuda
+    given = candidate.inputs_of(inputs)
+    is_guarded = candidate.kind != "ours" or candidate.may_refuse
+    try:
+        with at_most_seconds(PEER_SECONDS):
+            if is_gpu:
+                candidate.step(given)  # libraries allocate their own at the first call
+            sizes = memory_of(candidate, given)
+    except (Exception, OutOfTime) as reason:
+        if not is_guarded:
+            raise
+        say(f"{candidate.title} cannot run: {reason}")
+        return {**row, "missing": f"{type(reason).__name__}: {str(reason)[:200]}"}
+    say(f"{candidate.title}: {sizes['peak_bytes'] / 2**20:.1f} MiB beyond inputs and outputs")
+    return {**row, **sizes, **bounded(candidate.key, case, sizes["extra_bytes"], is_gpu=is_gpu)}
+
+
+def bounded(key: str, case: Case, extra: int, *, is_gpu: bool) -> dict[str, Any]:
+    """The bound of ours, and whether it is kept."""
+    if key not in BOUNDS:
+        return {}
+    bound = bound_bytes(case, BOUNDS[key], is_gpu=is_gpu)
+    return {"bound": bound, "met": extra <= bound}
+
+
+def planned_row(key: str, case: Case) -> dict[str, Any]:
+    """Bytes that a call of a GPU's size asks for."""
+    kind = "plain" if key == "naive" else "ours"
+    sizes = planned_bytes(case, key)
+    row = {"key": key, "title": TITLES[key], "kind": kind, **sizes}
+    return {**row, **bounded(key, case, sizes["extra_bytes"], is_gpu=True)}
