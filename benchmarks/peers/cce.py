@@ -38,7 +38,8 @@ def filtered() -> dict[str, Any]:
 
 def exact() -> dict[str, Any]:
     """Without the filter: the preset where there is one."""
-    if importlib.util.find_spec("cut_cross_entropy.cce_utils") is not None:
+    names = ("cut_cross_entropy", "cut_cross_entropy.cce_utils")
+    if all(importlib.util.find_spec(name) is not None for name in names):
         presets = importlib.import_module("cut_cross_entropy.cce_utils").CCEPresets
         if "cce_exact" in presets.names:
             return {"impl": "cce_exact"}
