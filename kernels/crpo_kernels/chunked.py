@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .plan import Plan, is_separate, padded, product_rows, raw_dtype
+from .plan import SLAB_BYTES, Plan, is_separate, padded, product_rows, raw_dtype
 from .products import add_product, product, scaled
 from .quantised import put_logits, quantised
 from .row_table import OUTPUTS, SUMS, ExpWork, Objective, RowTable, RowWork
@@ -325,14 +325,33 @@ def _add_d_weight(d_weight: Tensor, chunks: Chunks, rows: slice, d_raw: Tensor) 
         else:
             add_product(d_weight, d_raw.t(), hidden)
         return
-    slab_rows = chunks.head.plan.slab_rows
-    for start in range(0, d_weight.shape[0], slab_rows):  # each share is rounded once, no sum is
-        slab = slice(start, start + slab_rows)
-        share = torch.mm(d_raw[:, slab].t(), hidden)
+    slab_rows = min(chunks.head.plan.slab_rows, d_weight.shape[0])
+    buffer = d_raw.new_empty(slab_rows, hidden.shape[1])  # one for all: a new one costs its pages
+    for slab in slabs(d_weight.shape[0], slab_rows):  # each share is rounded once, no sum is
+        share = torch.mm(d_raw[:, slab].t(), hidden, out=buffer[: slab.stop - slab.start])
         if rows.start == 0:
             d_weight[slab] = share
         else:
             d_weight[slab] += share
+
+
+def _scaled_to(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:  # [V, D]
+    """``total * factor`` rounded once to ``dtype``; ``factor`` ``[]``."""
+    out = torch.empty_like(total, dtype=dtype)
+    if total.device.type != "cpu" or dtype == total.dtype:
+        return torch.mul(total, factor, out=out)
+    # a CPU casts the results of a product slowly, and a copy of what is cached fast
+    row_bytes = total.shape[1] * total.element_size()
+    slab_rows = max(1, min(SLAB_BYTES // row_bytes, total.shape[0] // 64))
+    for slab in slabs(total.shape[0], slab_rows):
+        out[slab] = total[slab] * factor
+    return out
+
+
+def slabs(num_rows: int, slab_rows: int) -> Iterator[slice]:
+    """Blocks of rows."""
+    for start in range(0, num_rows, slab_rows):
+        yield slice(start, min(start + slab_rows, num_rows))
 
 
 def d_weight_of(
@@ -347,8 +366,7 @@ def d_weight_of(
         assert gradients.d_weight is not None, "either d_raw is kept or d_weight accumulated"
         if grad_out is None:
             return gradients.d_weight.to(dtype)
-        out = torch.empty_like(gradients.d_weight, dtype=dtype)
-        return torch.mul(gradients.d_weight, grad_out, out=out)
+        return _scaled_to(gradients.d_weight, grad_out, dtype)
     assert hidden is not None, "kept together with d_raw"
     counted = hidden if rows is None else hidden.index_select(0, rows)  # [n, D]
     with without_autocast(counted):

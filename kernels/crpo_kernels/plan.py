@@ -35,6 +35,7 @@ PRODUCT_BYTES = 1 << 25  # of one fp32 d_hidden product before it is rounded
 ROW_MULTIPLE = 128  # rows of one tile of a product on a GPU
 PITCH = 16  # rows of logits begin at multiples of 16 elements: Triton's hint for wide loads
 BLOCK_ELEMENTS = 1 << 19  # of one scratch buffer (2 MiB in fp32): passes stay in the cache
+SLAB_BYTES = 1 << 23  # of d_weight in fp32 that a CPU adds to at once: its share is still cached
 BYTES_OF_VECTORS = 128  # per row: the [T] vectors of a call
 GATHERED_BYTES = 1 << 26  # of hidden states that are copied for the fused kernel at once
 
@@ -196,9 +197,7 @@ def make_room(
     item, stats_item = hidden.element_size(), 8 if hidden.dtype == torch.float64 else 4
     block_rows = min(BLOCK_ELEMENTS // vocab_size, workspace // 8 // (2 * vocab_size * stats_item))
     block_rows = max(1, block_rows)
-    slab_rows = max(
-        1, min(vocab_size, workspace // 8 // (dim * stats_item), (1 << 25) // (dim * item))
-    )
+    slab_rows = max(1, min(vocab_size, min(workspace // 8, SLAB_BYTES) // (dim * stats_item)))
     blocks = 0 if backend == "triton" else 2 * block_rows * vocab_size * stats_item
     available = workspace - BYTES_OF_VECTORS * num_rows
     has_buffer = is_separate(hidden, backend)

@@ -116,4 +116,5 @@ class EagerRows(TorchRows):
             else:
                 dz = z.mul_(b[rows].unsqueeze(1)).add_(a[rows].unsqueeze(1)).mul_(p)
             d_raw[rows] = dz if capped is None else dz.mul_(capped)
-        d_raw.scatter_(1, labels.unsqueeze(1), label_grad.unsqueeze(1).to(d_raw.dtype))
+        rows_of = torch.arange(raw.shape[0], device=raw.device)
+        d_raw[rows_of, labels] = label_grad.to(d_raw.dtype)  # scatter_ would copy all of d_raw
