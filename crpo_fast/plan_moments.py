@@ -29,7 +29,7 @@ from crpo_fast.policy import HeadFunction, Policy
 from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.sampling import sample
 from crpo_fast.rollout.static import StaticEngine
-from crpo_fast.session import DTYPES, check_loss_backend
+from crpo_fast.session import DTYPES, check_loss_backend, check_scoring
 from crpo_fast.step import micro_batches
 from crpo_fast.task import build_grammar
 from crpo_fast.updates import update_plan
@@ -347,6 +347,7 @@ def planned_backend(config: Config, device: str) -> BackendChoice:
     """
     asked, target = config.train.loss_backend, torch.device(device)
     check_loss_backend(config, target)
+    check_scoring(config, target)
     return choose_backend(asked, target, DTYPES[config.model.compute_dtype])
 
 

@@ -66,7 +66,7 @@ class Policy:
 
         def compute(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, Tensor | None]:
             rows = range(labels.numel())  # all count: nobody has to ask a GPU
-            shared = {"temperature": temperature, **head, **options}
+            shared: dict[str, Any] = {"temperature": temperature, **head, **options}
             out = linear_logprobs(
                 hidden, weight, labels, rows=rows, head_dtype=head_dtype, **shared
             )

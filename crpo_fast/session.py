@@ -30,7 +30,7 @@ from crpo_fast.task import (
     check_written,
     load_rows,
 )
-from crpo_kernels import explain_choice, unsupported_reason
+from crpo_kernels import choose_backend, explain_choice, unsupported_reason
 
 ENGINES = {"hf": HFEngine, "static": StaticEngine}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -106,13 +106,29 @@ def check_loss_backend(config: Config, device: torch.device) -> None:
 
 
 def check_scoring(config: Config, device: torch.device) -> None:
-    """The code that ``train.score_kernel`` asks for runs here; sizes do not matter for that.
+    """The code that ``train.score_kernel`` asks for runs on ``device``, which may be planned only.
 
     Raises:
         ConfigError: it cannot.
     """
     if config.train.score_kernel != "fused":
         return
+    reason, dtype = None, DTYPES[config.model.compute_dtype]
+    backend = choose_backend(config.train.loss_backend, device, dtype)
+    if backend.name != "triton":
+        reason = f"the kernel belongs to the backend triton, and {backend.name} runs"
+        reason += f" ({backend.reason})"
+    elif device.type != "cuda" or torch.cuda.is_available():
+        reason = _refusal(config, device)
+    if reason is not None:
+        raise ConfigError(
+            f"train.score_kernel: expected auto or chunks here, got 'fused': {reason}. Type "
+            "--train.score_kernel auto."
+        )
+
+
+def _refusal(config: Config, device: torch.device) -> str | None:
+    """What the kernels say against scoring as the config has it; sizes do not matter for that."""
     try:
         explain_choice(
             num_rows=1,
@@ -125,11 +141,8 @@ def check_scoring(config: Config, device: torch.device) -> None:
             **scoring_options(config),
         )
     except ValueError as error:
-        reason = str(error).partition("got 'fused': ")[2].partition(". ")[0]
-        raise ConfigError(
-            f"train.score_kernel: expected auto or chunks here, got 'fused': {reason}. Type "
-            "--train.score_kernel auto."
-        ) from error
+        return str(error).partition("got 'fused': ")[2].partition(". ")[0]
+    return None
 
 
 def check_workspace(config: Config, model: Any, device: torch.device) -> None:

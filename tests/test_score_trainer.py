@@ -16,6 +16,7 @@ from crpo_fast.config import ConfigError, parse_arguments
 from crpo_fast.distributed import World
 from crpo_fast.loss import LossSpec, scoring_options
 from crpo_fast.metrics import Sums
+from crpo_fast.plan_moments import planned_backend
 from crpo_fast.session import check_scoring
 from crpo_fast.step import micro_batches
 from crpo_fast.updates import add_old_logprobs
@@ -159,6 +160,11 @@ def test_a_kernel_that_cannot_run_is_refused_before_anything_loads() -> None:
         r"to the backend triton, and torch runs \(asked for\)\. Type --train\.score_kernel auto\.",
     ):
         check_scoring(config, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"train\.score_kernel: .* the kernel belongs"):
+        planned_backend(config, "cuda")
+    config = parse_arguments([TINY, "--train.score_kernel", "fused"])
+    if why_no_triton() is None:  # a GPU that need not be here
+        assert planned_backend(config, "cuda").name == "triton"
 
 
 def test_probes_are_exact_and_take_the_kernel_of_the_config(

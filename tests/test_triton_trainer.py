@@ -107,6 +107,7 @@ def test_the_same_run_with_the_interpreter_picks_triton_and_says_so(
     assert "backend triton (Triton " in said
     assert "'s interpreter on the CPU (TRITON_INTERPRET=1)), mode one_pass: the" in said
     assert "row passes by Triton kernels" in said
+    assert "scoring by the fused kernel: Triton's interpreter has no times to choose by" in said
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert train.main([*arguments, "--run.dir", str(tmp_path / "torch")]) == 0
     plain = " ".join(capsys.readouterr().out.split())

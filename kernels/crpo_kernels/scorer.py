@@ -125,7 +125,8 @@ def cheaper_scorer(sizes: HeadSizes, table: tuple[Measured, ...] = TABLE) -> Sco
         return ScorerChoice("fused", "Triton's interpreter has no times to choose by")
     device = device_name(hidden)
     dtype = sizes.head_dtype or hidden.dtype
-    shape = (sizes.num_rows, *sizes.weight.shape)
+    vocab_size, dim = sizes.weight.shape
+    shape = (sizes.num_rows, vocab_size, dim)
     row = nearest(table, device, str(dtype).removeprefix("torch."), shape)
     if row is not None:
         name = "fused" if row.fused_ms <= row.chunk_ms else "chunks"
