@@ -13,7 +13,7 @@ products of a single chunk, with the triton backend e^(z - m) of all rows in the
 over which dZ is written.
 
 Scoring by the fused kernel makes no logits: it takes all rows at once, or, where counted rows are
-gathered first, as many as a bounded copy of their hidden states has.
+gathered first, as many as a bounded copy of their hidden states has (at least a tile).
 """
 
 from __future__ import annotations
