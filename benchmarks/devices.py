@@ -3,7 +3,7 @@
 Sources (dense rates, without sparsity; one device):
 
     h100    NVIDIA H100 Tensor Core GPU datasheet, SXM: 989.4 TFLOP/s bf16, 67 fp32,
-            3.35 TB/s, 80 GB, 50 MB L2 cache
+            3.35 TB/s, 80 GB, 50 MB L2 cache, 132 multiprocessors
     h200    NVIDIA H200 Tensor Core GPU datasheet, SXM: the same arithmetic, 4.8 TB/s, 141 GB
     a100    NVIDIA A100 datasheet, SXM 80 GB: 312 bf16, 19.5 fp32, 2.039 TB/s
     b200    NVIDIA DGX B200 datasheet, an eighth of it: 2250 bf16, 75 fp32, 8 TB/s, 180 GB
@@ -35,6 +35,8 @@ class Device:
         single_flops: fp32 arithmetic, operations per second.
         bandwidth: of device memory, bytes per second.
         memory: bytes.
+        target: its row of `crpo_kernels.linear_tiles.TILES`.
+        units: multiprocessors (AMD: compute units).
     """
 
     title: str
@@ -42,6 +44,8 @@ class Device:
     single_flops: float
     bandwidth: float
     memory: float
+    target: str
+    units: int
 
     def product_flops(self, dtype: str) -> float:
         """The rate of products with operands of ``dtype``."""
@@ -49,9 +53,9 @@ class Device:
 
 
 DEVICES = {
-    "h100": Device("NVIDIA H100 SXM", 989.4e12, 67e12, 3.35e12, 80e9),
-    "h200": Device("NVIDIA H200 SXM", 989.4e12, 67e12, 4.8e12, 141e9),
-    "a100": Device("NVIDIA A100 SXM 80 GB", 312e12, 19.5e12, 2.039e12, 80e9),
-    "b200": Device("NVIDIA B200", 2250e12, 75e12, 8e12, 180e9),
-    "mi300x": Device("AMD Instinct MI300X", 1307.4e12, 163.4e12, 5.3e12, 192e9),
+    "h100": Device("NVIDIA H100 SXM", 989.4e12, 67e12, 3.35e12, 80e9, "sm_90", 132),
+    "h200": Device("NVIDIA H200 SXM", 989.4e12, 67e12, 4.8e12, 141e9, "sm_90", 132),
+    "a100": Device("NVIDIA A100 SXM 80 GB", 312e12, 19.5e12, 2.039e12, 80e9, "sm_80", 108),
+    "b200": Device("NVIDIA B200", 2250e12, 75e12, 8e12, 180e9, "sm_100", 148),
+    "mi300x": Device("AMD Instinct MI300X", 1307.4e12, 163.4e12, 5.3e12, 192e9, "gfx942", 304),
 }

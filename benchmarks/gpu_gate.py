@@ -27,7 +27,16 @@ import torch
 
 from crpo_kernels.support import INTERPRETER, asks_for_interpreter, triton_obstacle
 
-from . import bars, gpu_behaviour, gpu_precision, gpu_scorers, gpu_table, loss_plot, plot
+from . import (
+    bars,
+    gpu_behaviour,
+    gpu_precision,
+    gpu_scorers,
+    gpu_scoring,
+    gpu_table,
+    loss_plot,
+    plot,
+)
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .gpu_report import Part, plain
 from .gpu_scale import Scale, real_scale, rehearsal_scale
@@ -56,6 +65,7 @@ ENTRIES = {
     "repeatability": Entry(gpu_behaviour.repeatability, 20),
     "memory": Entry(gpu_behaviour.memory, 20),
     "graphs": Entry(gpu_behaviour.graphs, 20),
+    "scoring": Entry(gpu_scoring.scoring, 60),
     "options": Entry(gpu_precision.options, 40),
     "presets": Entry(gpu_precision.presets, 100),
     "table": Entry(gpu_table.table, 240, is_vital=False),
@@ -195,7 +205,7 @@ def page(report: dict) -> str:
         if found["stands_for"] != found["case"]:
             title += f" (stood for by {found['case']}; {NO_CLAIM})"
         lines += [title, loss_plot.table(found), loss_plot.target_table(found["targets"])]
-    for name in ("launches", "chunks"):
+    for name in ("launches", "chunks", "scoring"):
         rows = report["parts"].get("sweep", {}).get(name, [])
         lines += [f"## sweep: {name}", sweep_table(rows)] if rows else []
     found = [line for part in report["parts"].items() for line in states(*part)]

@@ -23,6 +23,7 @@ from .deadline import LATE
 from .gpu_behaviour import needs_memory
 from .gpu_report import Part
 from .gpu_scale import Scale
+from .gpu_scoring import sweep_tiles
 from .gpu_targets import gpu_targets, target_state
 from .machine import gpu_name, machine
 from .measure import measure, release
@@ -109,12 +110,13 @@ def ceilings(part: Part, scale: Scale) -> None:
 
 
 def sweep(part: Part, scale: Scale) -> None:
-    """Launch options of the row kernels, then rows of a chunk: data for tuning, no check."""
+    """Launch options of the row kernels, rows of a chunk, tiles of scoring: data, no check."""
     part.results["launches"], part.results["chunks"] = [], []
     part.run("row kernels", lambda: sweep_launches(part, scale))
     for _, case in scale.tables[:: len(scale.tables) - 1]:
         part.run(f"chunk rows, {case.name}", lambda c=case: sweep_chunks(part, scale, c))
         release(scale.device)
+    sweep_tiles(part, scale)
     if scale.is_rehearsal:
         part.results["note"] = NO_CLAIM
 

@@ -164,7 +164,7 @@ def load_size(match: re.Match) -> int:
     kind = groups["kind"]
     if number := re.search(r"dword(?:x(\d))?", kind):
         return 4 * int(number[1] or 1)
-    if kind.lstrip("su") in ("byte", "short") or "d16" in kind:
+    if kind.endswith(("byte", "short")) or "d16" in kind:
         return 1 if "byte" in kind else 2
     count = re.search(r"\.v(\d)", kind)
     bits = re.search(r"\.[bsuf](\d+)$", kind)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from crpo_kernels.linear_tiles import PLANNED_UNITS, TILES, Order, Tile, choose_order
 from crpo_kernels.plan import default_workspace, make_plan, padded, product_rows
 from crpo_kernels.validate import MAX_VOCAB
 
@@ -25,6 +26,7 @@ from .devices import DEVICES, SUSTAINED_BANDWIDTH, SUSTAINED_PRODUCTS, Device
 
 ITEM = {"bfloat16": 2, "float32": 4}  # what the kernels take
 STATS_OPERATIONS = 8  # per logit: scale, maximum, shift, exp, two sums
+SPLIT_BYTES = 16  # of a row: what a split of the vocabulary leaves of it
 GRAD_OPERATIONS = 6  # per logit: scale, shift, exp, two factors, rounding
 
 
@@ -40,6 +42,8 @@ class Sizes:
     group: int  # rows of dZ at once
     workspace: int  # bytes asked for
     has_exps: bool = True  # mode B may keep E of all rows
+    tile: Tile = TILES["sm_90"].many  # of fused scoring
+    units: int = PLANNED_UNITS  # multiprocessors
 
     @property
     def num_chunks(self) -> int:
@@ -50,6 +54,11 @@ class Sizes:
     def num_groups(self) -> int:
         """How many parts d_weight has."""
         return -(-self.rows // self.group)
+
+    @property
+    def order(self) -> Order:
+        """How fused scoring deals out its work."""
+        return choose_order((self.rows, self.vocab, self.dim), self.item, self.tile, self.units)
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,25 @@ def scoring(s: Sizes) -> list[Step]:
     return [z_product(s), row_stats(s)]
 
 
+def fused_scoring(s: Sizes) -> list[Step]:
+    """The same without logits in memory: the weight is read once per group of row tiles.
+
+    A program takes statistics between its products: their times add up, unless two programs share
+    a multiprocessor. Hidden states of a group are counted once: they stay in the cache.
+    """
+    order = s.order
+    tiles = -(-s.rows // s.tile.block_t)
+    groups = -(-tiles // order.group_tiles)
+    sums = SPLIT_BYTES * order.num_splits * s.rows
+    num_bytes = s.item * (s.rows * s.dim + groups * s.vocab * s.dim) + sums
+    note = f"{order.num_splits} splits, {groups} groups of {order.group_tiles} row tiles"
+    return [
+        Step("fused product", _product(s), num_bytes, True, note),
+        Step("statistics in it", STATS_OPERATIONS * s.rows * s.vocab, 0),
+        Step("join of the splits", STATS_OPERATIONS * order.num_splits * s.rows, sums),
+    ]
+
+
 @dataclass(frozen=True)
 class Path:
     """A way through the head, with the bare products that nobody can do without."""
@@ -205,6 +233,7 @@ PATHS = {
     "mode B recompute": Path(mode_b_recompute, 3),
     "frozen head": Path(frozen_head, 2, needs_weight=False),
     "scoring only": Path(scoring, 1, needs_weight=False),
+    "fused scoring": Path(fused_scoring, 1, needs_weight=False),
 }
 
 
@@ -214,6 +243,8 @@ def extra_memory(s: Sizes, path: str) -> dict[str, int]:
     Mode A's d_hidden exists twice in backward: scaled by the gradient from above into another
     tensor, so that it can run again. Vectors of one value a row are left out.
     """
+    if path == "fused scoring":
+        return {"sums of the splits": SPLIT_BYTES * s.order.num_splits * s.rows}
     kept = {"scoring only": 0, "mode B cached": s.rows}.get(path, s.group)
     pitch = padded(s.vocab)
     has_sum = path in ("mode A", "mode B recompute") and s.num_groups > 1
@@ -236,9 +267,10 @@ def table(path: str, s: Sizes, device: Device, dtype: str) -> str:
     peak = device.product_flops(dtype)
     spec = (peak, device.single_flops, device.bandwidth)
     real = (peak * SUSTAINED_PRODUCTS, device.single_flops, device.bandwidth * SUSTAINED_BANDWIDTH)
+    held = "no logits" if path == "fused scoring" else f"logits of {s.chunk} rows"
     head = f"  {'step':<24}{'operations':>11}{'bytes':>10}{'floor ms':>10}  {'bound by':<12}"
     lines = [
-        f"{path}: {2 * sum(step.is_product for step in steps)}NVD; logits of {s.chunk} rows",
+        f"{path}: {2 * sum(step.is_product for step in steps)}NVD; {held}",
         f"{head}{'sustained ms':>12}  note",
     ]
     lines += [
@@ -265,7 +297,13 @@ def table(path: str, s: Sizes, device: Device, dtype: str) -> str:
 def page(shape: tuple[int, int, int], device_name: str, dtype: str, workspace: int | None) -> str:
     """Everything about one shape."""
     device, (rows, vocab, dim) = DEVICES[device_name], shape
-    sizes = {path: planned(shape, dtype, workspace, path) for path in PATHS}
+    tiles = TILES[device.target]
+    kind = tiles.few if rows <= tiles.few.block_t else tiles.many
+    tile = tiles.single if dtype == "float32" else kind
+    sizes = {
+        path: replace(planned(shape, dtype, workspace, path), tile=tile, units=device.units)
+        for path in PATHS
+    }
     title = (
         f"T{rows} V{vocab} D{dim} {dtype} on {device_name} ({device.title}): products "
         f"{device.product_flops(dtype) / 1e12:.0f} TFLOP/s, memory {device.bandwidth / 1e12:.2f} "

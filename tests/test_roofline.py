@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 
@@ -11,6 +13,7 @@ from benchmarks import roofline
 from benchmarks.__main__ import main
 from benchmarks.devices import DEVICES
 from benchmarks.roofline import PATHS, Sizes
+from crpo_kernels import linear_tiles
 
 # 8 rows, vocabulary 100, hidden 10, bf16, chunks of 4 rows; one group of dZ, or two
 ONE = Sizes(8, 100, 10, 2, chunk=4, group=8, workspace=0)
@@ -61,6 +64,21 @@ def test_the_other_paths(path, products, names):
     if path == "mode B cached":
         assert steps["E cache"][1] == 3200 + 1600
         assert steps["row_grad of E"][1] == 1600 + 1600
+
+
+def test_fused_scoring_by_hand():
+    """Tiles of 4 x 50, 3 programs: two row tiles, two of the vocabulary, so 2 splits, one group."""
+    sizes = replace(ONE, tile=linear_tiles.Tile(4, 50, 16, 4, 1), units=3)
+    assert counted("fused scoring", sizes) == {
+        "fused product": (16_000, 2 * (80 + 1000) + 16 * 2 * 8, True),
+        "statistics in it": (6400, 0, False),
+        "join of the splits": (8 * 2 * 8, 16 * 2 * 8, False),
+    }
+    assert roofline.extra_memory(sizes, "fused scoring") == {"sums of the splits": 256}
+    cached = 2 * 4 * 10  # hidden states of one row tile alone: the weight is read for each
+    with patch.object(linear_tiles, "HIDDEN_CACHE_BYTES", cached):
+        bytes_read = counted("fused scoring", sizes)["fused product"][1]
+    assert bytes_read == 2 * (80 + 2 * 1000) + 16 * 2 * 8
 
 
 def test_a_floor_is_the_larger_of_both_and_says_which():

@@ -19,6 +19,7 @@ HIDDEN_CACHE_BYTES = 1 << 24  # of the hidden states of a group: a third of an H
 PLANNED_UNITS = 132  # multiprocessors where no device is asked: those of an H100
 INTERPRETED_UNITS = 3  # in the interpreter: several items a program
 FLUSH_TILES = 0.25  # writing a split's sums takes about as long as this share of a tile (assumed)
+WIDE_PITCH = 16  # elements
 TMA_BYTES = 16  # what the hardware's descriptors want bases and pitches to be multiples of
 
 
@@ -62,7 +63,8 @@ class Tiles:
     single: Tile
 
 
-SINGLE = Tile(64, 64, 16, 4, 2)
+NARROW = Tile(64, 64, 32, 4, 2)  # where each element is a load of its own: more would spill
+SINGLE = Tile(32, 64, 16, 4, 2)
 SMALL = Tile(16, 32, 16, 4, 1, uses_tma=True)
 TILES: dict[str, Tiles] = {
     # 148 KB of 227 shared; two groups of four warps with 64 x 256 fp32 products each: 128 registers
@@ -91,6 +93,25 @@ TILES: dict[str, Tiles] = {
     "interpreter": Tiles(many=SMALL, few=SMALL, fp8=SMALL, single=SMALL),
 }
 
+# what a sweep on a card times beside them; two programs on a multiprocessor: one multiplies while
+# the other takes its statistics, which at a small D are a fifth of the work
+CANDIDATES: dict[str, tuple[Tile, ...]] = {
+    "sm_90": (
+        Tile(128, 128, 64, 8, 4, uses_tma=True),
+        Tile(128, 128, 64, 4, 3, programs=2, uses_tma=True),
+        Tile(64, 128, 64, 4, 4, programs=2, uses_tma=True),
+        Tile(128, 256, 64, 8, 4, uses_tma=True),
+    ),
+    "sm_100": (
+        Tile(128, 128, 64, 8, 4, uses_tma=True),
+        Tile(128, 128, 64, 8, 3, programs=2, uses_tma=True),
+        Tile(128, 256, 64, 8, 4, uses_tma=True),
+    ),
+    "sm_80": (Tile(128, 128, 64, 8, 3), Tile(64, 256, 32, 8, 4), Tile(64, 128, 64, 8, 4)),
+    "gfx942": (Tile(128, 256, 32, 8, 2),),
+    "interpreter": (Tile(16, 16, 16, 4, 1),),
+}
+
 
 def target_of(device: torch.device) -> str:
     """The row of TILES for a device; a CPU stands for the interpreter."""
@@ -117,6 +138,11 @@ def descriptor_obstacle(matrix: Tensor) -> str | None:
     return None
 
 
+def is_wide(matrix: Tensor) -> bool:
+    """Whether pointers into a matrix load 16 bytes at once: Triton's hint is multiples of 16."""
+    return descriptor_obstacle(matrix) is None and matrix.stride(0) % WIDE_PITCH == 0
+
+
 def choose_tile(hidden: Tensor, weight: Tensor, target: str | None = None) -> Tile:
     """The tile for ``hidden`` ``[n, D]`` and ``weight`` ``[V, D]``; pointers where TMA cannot read.
 
@@ -127,8 +153,6 @@ def choose_tile(hidden: Tensor, weight: Tensor, target: str | None = None) -> Ti
         target = "sm_90" if is_fake(hidden) else target_of(hidden.device)
     tiles = TILES[target]
     tile = tiles.few if hidden.shape[0] <= tiles.few.block_t else tiles.many
-    if hidden.element_size() == 4:
-        tile = tiles.single
     if hidden.element_size() == 1:
         if tiles.fp8 is None:
             raise ValueError(
@@ -136,8 +160,14 @@ def choose_tile(hidden: Tensor, weight: Tensor, target: str | None = None) -> Ti
                 f"{hidden.dtype}. Leave head_dtype out."
             )
         tile = tiles.fp8
-    obstacles = (descriptor_obstacle(matrix) for matrix in (hidden, weight))
-    return replace(tile, uses_tma=False) if tile.uses_tma and any(obstacles) else tile
+    elif hidden.element_size() == 4:
+        tile = tiles.single
+    operands = (hidden, weight)
+    if tile.uses_tma and all(descriptor_obstacle(matrix) is None for matrix in operands):
+        return tile
+    if tile in (SMALL, SINGLE) or all(is_wide(matrix) for matrix in operands):
+        return replace(tile, uses_tma=False)
+    return NARROW
 
 
 def num_units(device: torch.device, *, is_planned: bool) -> int:
