@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,11 @@ def first_of(case: Case, key: str, is_gpu: bool) -> float:
     return naive_from if key == "naive" else float(flat_from(case, key, is_gpu=is_gpu))
 
 
+def fit_from(first: float, xs: Sequence[int]) -> float:
+    """Where a fit of seconds begins: at ``first``, or earlier where that leaves fewer than two."""
+    return min(first, float(xs[-2])) if len(xs) > 1 else first
+
+
 def fixed_of(case: Case, *but: str) -> str:
     """The sizes of a case that are not swept."""
     parts = {"T": case.num_rows, "V": case.vocab_size, "D": case.dim}
@@ -162,7 +167,7 @@ def rows(sizes: Sizes, watch: Watch) -> Found:
     is_gpu = watch.device.type == "cuda"
     end = watch.deadline
     watch.deadline -= 0.5 * watch.left  # the other half is for the bytes
-    times = lines_of(KEYS, 1.0, first=1024.0)
+    times = lines_of(KEYS, 1.0, first=fit_from(1024.0, sizes.rows))
     with one_code():
         sweep("T", with_rows(sizes.timed, sizes.rows), "s", times, watch)
     watch.deadline = end
@@ -214,7 +219,8 @@ def vocab(sizes: Sizes, watch: Watch) -> Found:
 def dim(sizes: Sizes, watch: Watch) -> Found:
     """Against D: the row work does not know it, so the fit begins where products outweigh it."""
     cases = [(float(n), replace(sizes.along, dim=n)) for n in sizes.dim]
-    return along("dim", "hidden size D", cases, watch, (1.0, None), first=1024.0)
+    first = fit_from(1024.0, sizes.dim)
+    return along("dim", "hidden size D", cases, watch, (1.0, None), first)
 
 
 def workspace(sizes: Sizes, watch: Watch) -> Found:

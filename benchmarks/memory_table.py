@@ -104,7 +104,7 @@ def one_case(case: Case, device: torch.device, options: Any, deadline: float) ->
     for candidate in chosen.values():
         if only is not None and candidate.key not in only:
             continue
-        why = candidate.missing()
+        why: str | None = candidate.missing(case, device) or None
         if why is None and time.monotonic() >= deadline:
             why = LATE
         if why is None and candidate.kind == "plain" and candidate.num_products > 1:
@@ -145,7 +145,7 @@ def one_row(
         "title": candidate.title,
         "kind": candidate.kind,
         "note": candidate.note,
-        "version": "" if candidate.missing() else candidate.version(),
+        "version": "" if why else candidate.version(),
     }
     if why is not None or inputs is None:
         say(f"{candidate.title}: {why}")
