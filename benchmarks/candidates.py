@@ -30,6 +30,8 @@ PRODUCTS = {1: "one bare product", 2: "two bare products", 3: "three bare produc
 PLAIN_NOTE = "fp32 logits of all tokens, autograd"
 EAGER = "the same as one pass at this size, whose row passes are not compiled here"
 
+LOOP = "the same as scoring: on a CPU there is no other way than the chunk loop"
+
 
 def loss_candidates(case: Case, device: torch.device, backends: Sequence[str]) -> list[Candidate]:
     """With both gradients; on a GPU also with a frozen head."""
@@ -50,6 +52,8 @@ def score_candidates(case: Case, device: torch.device, backends: Sequence[str]) 
     first, *others = backends
     has_fp32_out = device.type == "cuda" and case.dtype != torch.float32
     made = scoring(first, has_fp32_out=has_fp32_out) + score_peers(device.type)
+    if device.type != "cuda":
+        made = [replace(c, obstacle=LOOP) if c.key == "scored_loop" else c for c in made]
     return made + [c for other in others for c in named_after(other, our_scoring(other))]
 
 
@@ -139,24 +143,28 @@ def scoring(backend: str, *, has_fp32_out: bool) -> list[Candidate]:
 
 
 def our_scoring(backend: str) -> list[Candidate]:
-    """As dispatch picks it, and its other ways by force where they run."""
+    """As dispatch picks it, and its ways by force where they run."""
+    usual = Candidate("scored", "crpo_kernels, scoring", scored(backend), "ours", num_products=1)
+    loop, title = scored(backend, mode="two_pass"), "crpo_kernels, scoring, chunk loop"
+    fused_kernel = scored(backend, mode="fused")
+    fp8 = scored(backend, head_dtype=torch.float8_e4m3fn)
+    note = "hidden states and head quantised per row, off by default"
     return [
-        Candidate("scored", "crpo_kernels, scoring", scored(backend), "ours", num_products=1),
-        Candidate(
-            "scored_fused",
-            "crpo_kernels, scoring, fused kernel",
-            scored(backend, mode="fused"),
-            "ours",
-            num_products=1,
+        usual,
+        replace(usual, key="scored_loop", title=title, step=loop),
+        replace(
+            usual,
+            key="scored_fused",
+            title="crpo_kernels, scoring, fused kernel",
+            step=fused_kernel,
             may_refuse=True,
         ),
-        Candidate(
-            "scored_fp8",
-            "crpo_kernels, scoring, fp8 head",
-            scored(backend, head_dtype=torch.float8_e4m3fn),
-            "ours",
-            num_products=1,
-            note="hidden states and head quantised per row, off by default",
+        replace(
+            usual,
+            key="scored_fp8",
+            title="crpo_kernels, scoring, fp8 head",
+            step=fp8,
+            note=note,
             coarseness=16.0,
             may_refuse=True,
         ),

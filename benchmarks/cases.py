@@ -19,6 +19,7 @@ from torch import Tensor
 SPECTRUM = "spectrum"
 NUM_SEQUENCES = 8
 ENTROPY_WEIGHT = 0.02  # of a token's entropy beside its policy term
+REF_SPREAD = 0.3  # nats between a label's log-probability and the reference's
 BEND = 32  # singular values of the head fall as (1 + k / BEND) ** -0.5
 SLAB = 1 << 20  # elements of the head that are made at once
 COMPETITORS = 4  # tokens that share a row's probability
@@ -164,10 +165,10 @@ def make_inputs(case: Case, seed: int = 0, device: torch.device | str = "cpu") -
     )
     strength = case.temperature * (peak - gaps)  # [T, 4]
     hidden = (weight[competitors].float() * strength.unsqueeze(2)).sum(1)  # [T, D]
-    shares = torch.tensor([0.5, 0.25, 0.15, 0.1], device=device)
-    picks = torch.multinomial(shares, case.num_rows, True, generator=g)
-    labels = competitors.gather(1, picks.unsqueeze(1)).squeeze(1)  # [T]
-    return with_weights(case, hidden, weight, labels, g)
+    shares = torch.log_softmax(-gaps, 1)  # [T, 4] what the competitors share
+    picks = torch.multinomial(shares.exp(), 1, generator=g)  # [T, 1]
+    labels = competitors.gather(1, picks).squeeze(1)  # [T]
+    return with_weights(case, hidden, weight, labels, shares.gather(1, picks).squeeze(1), g)
 
 
 def random_head(case: Case, seed: int, device: torch.device) -> Tensor:  # [V, D]
@@ -195,9 +196,14 @@ def with_weights(
     hidden: Tensor,  # [T, D] any dtype
     weight: Tensor,  # [V, D] any dtype
     labels: Tensor,  # [T]
+    logprobs: Tensor,  # [T] about those of the labels
     generator: torch.Generator,
 ) -> Inputs:
-    """Inputs from their hidden states, head and labels: leaves that need gradients."""
+    """Inputs from their hidden states, head and labels: leaves that need gradients.
+
+    The reference's log-probabilities lie around ``logprobs``: far below a row's own they would not
+    matter, far above them its KL term would be all of the gradient.
+    """
     num_rows, device = labels.numel(), labels.device
     at = {"generator": generator, "device": device}
     length = -(-num_rows // NUM_SEQUENCES)
@@ -211,6 +217,6 @@ def with_weights(
         groups.repeat_interleave(length)[:num_rows],
         torch.full((num_rows,), 1 / num_rows, device=device),
         ENTROPY_WEIGHT * signs / num_rows,
-        -1.5 - torch.rand(num_rows, **at),
+        (logprobs + REF_SPREAD * torch.randn(num_rows, **at)).clamp(max=0.0),
         sequence_rows=length,
     )

@@ -81,10 +81,11 @@ def checkpoint_inputs(
     hidden = torch.cat(parts)[: case.num_rows].clone()
     weight = model.get_output_embeddings().weight.detach().clone()
     generator = torch.Generator(device).manual_seed(seed)
-    chosen = torch.cat(labels)[: case.num_rows]
-    if is_sampled:
-        chosen = samples(case, hidden, weight, generator)
-    return with_weights(case, hidden, weight, chosen, generator)
+    following = torch.cat(labels)[: case.num_rows]
+    chosen, logprobs = scored_labels(
+        case, hidden, weight, None if is_sampled else following, generator
+    )
+    return with_weights(case, hidden, weight, chosen, logprobs, generator)
 
 
 def batches(tokenizer: Any, seed: int) -> Iterator[Tensor]:
@@ -121,10 +122,21 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:  # [B, L, D]
 
 
 @torch.no_grad()
-def samples(case: Case, hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """A token ``[T]`` of the distribution of every row."""
-    found = []
-    for part in hidden.split(256):
-        logits = (part @ weight.t()).float() / case.temperature
-        found.append(torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1))
-    return torch.cat(found)
+def scored_labels(
+    case: Case,
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor | None,  # [T]
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Labels, sampled where there are none, and their log-probabilities ``[T]``."""
+    found, logprobs = [], []
+    for part, rows in enumerate(hidden.split(256)):
+        log_p = ((rows @ weight.t()).float() / case.temperature).log_softmax(1)
+        if labels is None:
+            chosen = torch.multinomial(log_p.exp(), 1, generator=generator)
+        else:
+            chosen = labels[256 * part : 256 * (part + 1)].unsqueeze(1)
+        found.append(chosen.squeeze(1))
+        logprobs.append(log_p.gather(1, chosen).squeeze(1))
+    return torch.cat(found), torch.cat(logprobs)

@@ -161,8 +161,8 @@ def look_at(
 
 def release(device: torch.device) -> None:
     """Give cached memory back: what one candidate leaves must not fail the next."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
