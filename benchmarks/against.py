@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .loss_plot import error, markdown, mebibytes, milliseconds
+from .plot import DRAWERS, drawer
 
 Row = dict[str, Any]
 SLOWER, MORE, WORSE = 1.05, 1.02, 1.5
@@ -49,9 +50,17 @@ def old_report(text: str) -> Row:
     return {**report, "file": text}
 
 
+def cases_of(report: Row) -> list[Row]:
+    """The cases with rows of a report; of a kind without, what its drawer makes such."""
+    if "cases" not in report and report.get("kind") in DRAWERS:
+        make = getattr(drawer(report), "cases", None)
+        return [] if make is None else make(report)
+    return report.get("cases", [])
+
+
 def has_rows(report: Row) -> bool:
     """Whether the report is of a kind that can be compared."""
-    cases = report.get("cases")
+    cases = cases_of(report)
     return bool(cases) and all(isinstance(case, dict) and "name" in case for case in cases)
 
 
@@ -120,12 +129,12 @@ def matched(new: Row, old: Row) -> list[tuple[Row, Row]]:
             f"expected a report of a run on {devices[0]}, got one on {devices[1]} "
             f"({device_of(old)}, {file}). Type --device {devices[1]}"
         )
-    olds = {identity(case): case for case in old["cases"]}
-    found = [(case, olds[i]) for case in new["cases"] if (i := identity(case)) in olds]
+    olds = {identity(case): case for case in cases_of(old)}
+    found = [(case, olds[i]) for case in cases_of(new) if (i := identity(case)) in olds]
     if not found:
         raise CannotCompare(
-            f"expected a shape of this run ({names(new['cases'])}), got {names(old['cases'])} "
-            f"({file}). {how_to_ask(old['cases'][0])}"
+            f"expected a shape of this run ({names(cases_of(new))}), got {names(cases_of(old))} "
+            f"({file}). {how_to_ask(cases_of(old)[0])}"
         )
     return found
 
@@ -145,6 +154,8 @@ def how_to_ask(case: Row) -> str:
     if str(case.get("inputs", "")).startswith("checkpoint"):
         return f"Type --inputs <folder of that {case['inputs']}> --rows {case.get('rows_t')}"
     words = [f"--{name} {case[key]}" for name, key in SIZES.items() if case.get(key)]
+    if not words:
+        return f"Type {case.get('command', 'the command that stands in that file')}"
     if case["name"] != "own":
         words = [f"--shape {case['name']}", *(w for w in words if w.startswith(NAMED))]
     return f"Type {' '.join(words)}"
@@ -157,8 +168,8 @@ NAMED = ("--rows", "--dtype")  # what a named shape leaves open
 def not_compared(new: Row, old: Row) -> Iterator[str]:
     """Shapes that only one of the files has."""
     for mine, others, where in ((new, old, "the old file"), (old, new, "this run")):
-        known = {identity(case) for case in others["cases"]}
-        absent = [case for case in mine["cases"] if identity(case) not in known]
+        known = {identity(case) for case in cases_of(others)}
+        absent = [case for case in cases_of(mine) if identity(case) not in known]
         if absent:
             yield f"not compared, as {where} has no such shape: {names(absent)}"
 

@@ -219,27 +219,36 @@ def overview(cases: list[Row]) -> str:
 
 
 def overview_line(case: Row, notes: Notes) -> list[str]:
-    """One shape of the overview."""
-    name = f"{case['name']}: {case['case']}"
-    ours = ran(case, "ours")
+    """One shape of the overview; of frozen heads and the like only what needs most products."""
+    name, ours = f"{case['name']}: {case['case']}", ran(case, "ours")
     if not ours:
-        why = case.get("missing") or "no row of ours in this file"
+        why = case.get("missing") or reason_of(case, "ours") or "no row of ours was asked for"
         return [name, "-", f"- {notes.mark(why)}", *["-"] * 8]
-    floor = ours[0].get("floor")
+    floor = max(ours, key=lambda row: row["num_products"])["floor"]
     best = ran(case, "ours", floor)[0]
-    found = [row for row in case["rows"] if row["key"] == floor and "missing" not in row]
-    plain, peers = ran(case, "plain", floor), ran(case, "peer", floor)
-    times = [milliseconds(row["seconds"]["warm"]["median"]) for row in (*found[:1], *plain[:1])]
-    line = [name, times[0] if found else "-", title_of({**best, "note": ""}, notes)]
-    line += [band(best["seconds"]["warm"]), _share(best) or "-", _peak(best) or "-"]
-    line += [times[-1], _peak(plain[0]) or "-"] if plain else ["-", "-"]
+    bare, plain, peers = (ran(case, kind, floor) for kind in ("floor", "plain", "peer"))
+    bare = [row for row in bare if row["key"] == floor]
+    line = [name, milliseconds(bare[0]["seconds"]["warm"]["median"]) if bare else "-"]
+    line += [title_of({**best, "note": ""}, notes), band(best["seconds"]["warm"])]
+    line += [_share(best) or "-", _peak(best) or "-"]
+    if plain:
+        line += [milliseconds(plain[0]["seconds"]["warm"]["median"]), _peak(plain[0]) or "-"]
+    else:
+        why = reason_of(case, "plain") or "plain torch was not asked for"
+        line += [f"- {notes.mark(why)}", "-"]
     if not peers:
         return [*line, f"- {notes.mark('no peer with right results ran at this shape')}", "-", "-"]
     peer = peers[0]
     name = " ".join(filter(None, (peer["title"], peer.get("version"))))
-    if not peer.get("has_entropy_gradient") and best.get("has_entropy_gradient"):
+    if best.get("has_entropy_gradient") and not peer.get("has_entropy_gradient"):
         name += " " + notes.mark("without an entropy gradient, which ours has")
     return [*line, name, band(peer["seconds"]["warm"]), _peak(peer) or "-"]
+
+
+def reason_of(case: Row, kind: str) -> str:
+    """Why the first row of a kind did not run, "" where it did or is not there."""
+    rows = [row for row in case.get("rows", ()) if row.get("kind") == kind]
+    return rows[0].get("missing", "") if rows else ""
 
 
 def target_table(targets: list[Row]) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import plot, step_plot
+from . import against, plot, step_plot
 from .deadline import LATE
 from .machine import gpu_name, machine
 from .output import RESULTS, say
@@ -85,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(TITLES), help="these trainers alone")
     parser.add_argument("--gate", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    against.add_argument(parser)
 
 
 def run(options: argparse.Namespace, command: str) -> int:
@@ -97,8 +98,9 @@ def run(options: argparse.Namespace, command: str) -> int:
     files = plot.write(report, options.out / f"step_{options.device}")
     print(step_plot.page(report))
     print("written:", *files)
+    status = against.check(report, options.against, options.only)
     missed = [target["text"] for target in report["targets"] if target["met"] is False]
-    return 1 if options.gate and missed else 0
+    return status or (1 if options.gate and missed else 0)
 
 
 def check(options: argparse.Namespace) -> str:

@@ -161,6 +161,22 @@ def _line(cells: Any) -> str:
     return "| " + " | ".join(cells).strip() + " |"
 
 
+def cases(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainers as rows that `--against` compares: they have no floor."""
+    case = report["case"]
+    names = ("model", "dtype", "attention", "objective", "prompts", "group_size", "micro_batch")
+    rows = []
+    for row in report["rows"]:
+        told = {"key": row["key"], "title": row["title"]}
+        if "missing" in row:
+            rows.append({**told, "missing": row["missing"]})
+        else:
+            seconds, peak = {"warm": row["seconds"]}, row["memory"]["peak"]
+            rows.append({**told, "seconds": seconds, "peak_bytes": peak})
+    sizes = ", ".join(f"{name} {case[name]}" for name in names)
+    return [{"name": "step", "case": sizes, "rows": rows, "command": report["command"]}]
+
+
 def svg(report: dict[str, Any]) -> str:
     """One stacked bar per trainer, on one scale of seconds."""
     rows = present(report)

@@ -154,3 +154,32 @@ def test_what_is_no_result_file_is_refused_before_the_work(
         against.old_report(str(file))
     file.write_text(json.dumps(report_cases.report()))
     assert against.old_report(str(file))["kind"] == "loss"
+
+
+def step_report(peak: int) -> dict[str, Any]:
+    """A report of kind step with one trainer."""
+    names = ("model", "dtype", "attention", "objective", "prompts", "group_size", "micro_batch")
+    row = {"key": "ours", "title": "crpo_fast", "seconds": report_cases.times(1.0)["warm"]}
+    return {
+        "kind": "step",
+        "command": "python -m benchmarks step",
+        "machine": report_cases.MACHINE,
+        "case": dict.fromkeys(names, "x"),
+        "rows": [{**row, "memory": {"peak": peak}}, {"key": "t", "title": "TRL", "missing": "no"}],
+    }
+
+
+def test_trainers_of_a_step_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = step_report(2**30), step_report(2**31)
+    assert against.check(old, copy.deepcopy(old)) == 0
+    assert against.check(new, old) == 1
+    assert "step: crpo_fast: more memory: 1024 to 2048 MiB" in capsys.readouterr().out
+    new["rows"][0]["seconds"] = report_cases.times(1.2)["warm"]
+    assert against.check(new, old) == 1
+    assert "step: crpo_fast: slower: x1.20, limit x1.05" in capsys.readouterr().out
+    new["machine"] = {**report_cases.MACHINE, "cpu": "Another"}
+    assert against.check(new, old) == 1
+    assert "slower" not in capsys.readouterr().out  # no floor: milliseconds of two machines
+    new["case"]["model"] = "y"
+    assert against.check(new, old) == 2
+    assert "Type python -m benchmarks step" in capsys.readouterr().out
