@@ -32,7 +32,11 @@ EXTRAS = {
     "tensorboard": TRACKERS[:1],
     "trackio": TRACKERS[1:2],
     "wandb": TRACKERS[2:],
-    "bench": ["matplotlib>=3.10", "trl>=1.16", "liger-kernel>=0.8; platform_system == 'Linux'"],
+    "bench": [
+        *("matplotlib>=3.10", "trl>=1.16", "cut-cross-entropy>=25.1"),
+        "liger-kernel>=0.8; platform_system == 'Linux'",
+    ],
+    "bench-gpu": ["quack-kernels>=0.6; platform_system == 'Linux'"],  # brings CUTLASS, 300 MB
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "codespell>=2.4", "pre-commit>=4"]
 

@@ -21,6 +21,7 @@ from .memory import memory_of
 from .output import say
 
 ERROR_ROWS, ERROR_COLUMNS = 32, 4096
+UNSEEN = "not counted: generated code allocates where a counter of operations sees nothing"
 NO_MEMORY = {"extra_bytes": 0, "peak_bytes": 0}  # bare products: their buffers exist already
 SHORTEST = 1e-9  # seconds: a clock that did not move must not end in a division by zero
 LEAST_FLOORS = 3  # times the floor that a candidate takes at least: memory, one round, errors
@@ -58,7 +59,7 @@ class Measurements:
             "tflops": products * case.product_flops / own / 1e12,
             **self.memory[key],
             "errors": finite(self.errors.get(key, {})),
-            "lacks": {**({} if self.times[key]["cold"] else {"cold": NO_COLD}), **candidate.lacks},
+            "lacks": {**self.lacks(key), **candidate.lacks},
             "has_entropy_gradient": candidate.has_entropy_gradient,
             "wrong": self.wrong.get(key, ""),
         }
@@ -69,6 +70,11 @@ class Measurements:
         }
         row |= {name: own / self.median(o) for name, o in others.items() if self.has(o)}
         return row | ({"floor_share": self.median(floor) / own} if self.has(floor) else {})
+
+    def lacks(self, key: str) -> dict[str, str]:
+        """Columns that this run has not filled, and why."""
+        found = {} if self.times[key]["cold"] else {"cold": NO_COLD}
+        return found if self.memory[key] else {**found, "peak_bytes": UNSEEN}
 
     def has(self, key: str) -> bool:
         """Whether it was timed."""
@@ -104,8 +110,7 @@ def measure(
     say(f"{case.shape} {case.name}: inputs")
     inputs = make_inputs(case, device=clock.device) if make is None else make(case, clock.device)
     truth = Truth(inputs, min(ERROR_ROWS, case.num_rows), ERROR_COLUMNS)
-    reasons = {c.key: c.missing(case, clock.device) for c in candidates}
-    found = Measurements(missing={key: why for key, why in reasons.items() if why})
+    found = Measurements(missing=absent(candidates, case, clock.device))
     for candidate in candidates:
         if candidate.key in found.missing:
             continue
@@ -142,6 +147,12 @@ def measure(
     }
 
 
+def absent(candidates: list[Candidate], case: Case, device: torch.device) -> dict[str, str]:
+    """Why candidates cannot run here, by key."""
+    reasons = {c.key: c.missing(case, device) for c in candidates}
+    return {key: why for key, why in reasons.items() if why}
+
+
 def reserve(candidates: list[Candidate], found: Measurements) -> float:
     """Seconds that one round of those looked at will take, cold steps not counted."""
     return sum(found.expected.get(c.key, 0.0) for c in candidates if c.key not in found.missing)
@@ -173,6 +184,9 @@ def prepare(candidate: Candidate, inputs: Inputs, clock: Clock) -> tuple[dict[st
         if clock.device.type == "cuda":
             candidate.step(given)
         return NO_MEMORY, clock.seconds(lambda: candidate.step(given))
+    if candidate.needs.generates_code and clock.device.type != "cuda":
+        candidate.step(given)
+        return {}, clock.seconds(lambda: candidate.step(given))
     if clock.device.type == "cuda":
         candidate.step(given)
     memory: list[dict[str, int]] = []

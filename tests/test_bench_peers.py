@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.accuracy import Truth
-from benchmarks.baselines import KL_COEF, Candidate, naive, objective
+from benchmarks.baselines import KL_COEF, Candidate, Result, gradients, naive, objective
+from benchmarks.candidates import cpu_candidates
 from benchmarks.cases import Case, make_inputs
+from benchmarks.clock import Clock
+from benchmarks.measure import measure
 from benchmarks.needs import Needs
 from benchmarks.peers import cce, liger, loss_peers, quack, score_peers, trl, verl
 from benchmarks.peers.common import mean_nll, sequences
@@ -154,84 +158,69 @@ def source_parameters(package: str, path: str, name: str) -> inspect.Signature:
     )
 
 
-def calls(inputs):
-    """How every peer is called: its distribution, signature, arguments by place and by name."""
-    logits = torch.empty(8, 6, 301)
-    options = {"reduction": "none"}
-    return {
-        "liger_made": (
-            *("liger-kernel", lambda: inspect.signature(liger.chunked_class())),
-            *((), liger.chunked_arguments(inputs)[0]),
-        ),
-        "liger": (
-            *("liger-kernel", lambda: inspect.signature(liger.chunked_class().forward)),
-            *((None,), liger.chunked_arguments(inputs)[1]),
-        ),
-        "liger_scored": (
-            *("liger-kernel", lambda: inspect.signature(liger.chunked_base().chunk_forward)),
-            *((), liger.scores_arguments(inputs)),
-        ),
-        "liger_scaled": (
-            *("liger-kernel", lambda: inspect.signature(liger.scaled_function().apply)),
-            *((), liger.scaled_arguments(inputs)),
-        ),
-        "liger_logits": (
-            *("liger-kernel", lambda: inspect.signature(liger.logits_loss())),
-            *((), liger.logits_arguments(inputs, logits)),
-        ),
-        "liger_logits_scored": (
-            *("liger-kernel", lambda: inspect.signature(liger.logits_scores())),
-            *((logits, inputs.labels, 1.0), {}),
-        ),
-        "trl": (
-            *("trl", lambda: inspect.signature(trl.chunked_function().forward)),
-            *((None, *trl.chunked_arguments(inputs)), {}),
-        ),
-        "trl_logits": (
-            *("trl", lambda: inspect.signature(trl.logits_function())),
-            *((), trl.logits_arguments(inputs)),
-        ),
-        "verl_triton": (
-            *("verl", lambda: inspect.signature(verl.triton_function().forward)),
-            *((None, *verl.triton_arguments(inputs)), {}),
-        ),
-        "verl_torch": (
-            *("verl", lambda: inspect.signature(verl.torch_function().forward)),
-            *((None, *verl.torch_arguments(inputs)), {}),
-        ),
-        "quack": (
-            "quack-kernels",
-            lambda: source_parameters(
-                "quack", "linear_cross_entropy.py", "chunked_linear_cross_entropy"
-            ),
-            *((), quack.loss_arguments(inputs)),
-        ),
-        "quack_scored": (
-            "quack-kernels",
-            lambda: source_parameters(
-                "quack", "linear_cross_entropy.py", "chunked_linear_cross_entropy_fwd"
-            ),
-            *((), quack.forward_arguments(inputs)),
-        ),
-        **{
-            f"cce {kind.__name__}": (
-                "cut-cross-entropy",
-                lambda: inspect.signature(cce.linear_cross_entropy()),
-                (),
-                lambda kind=kind: cce.CutCrossEntropy(kind).arguments(inputs) | options,
-            )
-            for kind in (cce.exact, cce.filtered, cce.compiled)
-        },
-    }
+def quack_parameters(name: str) -> inspect.Signature:
+    return source_parameters("quack", "linear_cross_entropy.py", name)
 
 
-@pytest.mark.parametrize("name", list(calls(make_inputs(CASE))))
+LOGITS = torch.empty(8, 6, 301)
+# the distribution, the signature, and what it is called with: by place, by name
+LIGER, CCE, QUACK = "liger-kernel", "cut-cross-entropy", "quack-kernels"
+CALLS = {
+    "liger_made": (LIGER, lambda: liger.chunked_class(), lambda i: liger.chunked_arguments(i)[0]),
+    "liger": (
+        *(LIGER, lambda: liger.chunked_class().forward),
+        lambda i: {"self": None, **liger.chunked_arguments(i)[1]},
+    ),
+    "liger_scored": (LIGER, lambda: liger.chunked_base().chunk_forward, liger.scores_arguments),
+    "liger_scaled": (LIGER, lambda: liger.scaled_function().apply, liger.scaled_arguments),
+    "liger_logits": (
+        *(LIGER, lambda: liger.logits_loss()),
+        lambda i: liger.logits_arguments(i, LOGITS),
+    ),
+    "liger_logits_scored": (
+        *(LIGER, lambda: liger.logits_scores()),
+        lambda i: (LOGITS, i.labels, 1.0),
+    ),
+    "trl": (
+        *("trl", lambda: trl.chunked_function().forward),
+        lambda i: (None, *trl.chunked_arguments(i)),
+    ),
+    "trl_logits": ("trl", lambda: trl.logits_function(), trl.logits_arguments),
+    "verl_triton": (
+        *("verl", lambda: verl.triton_function().forward),
+        lambda i: (None, *verl.triton_arguments(i)),
+    ),
+    "verl_torch": (
+        *("verl", lambda: verl.torch_function().forward),
+        lambda i: (None, *verl.torch_arguments(i)),
+    ),
+    "quack": (
+        *(QUACK, lambda: quack_parameters("chunked_linear_cross_entropy")),
+        quack.loss_arguments,
+    ),
+    "quack_scored": (
+        *(QUACK, lambda: quack_parameters("chunked_linear_cross_entropy_fwd")),
+        quack.forward_arguments,
+    ),
+    **{
+        f"cce {kind.__name__}": (
+            *(CCE, cce.linear_cross_entropy),
+            lambda i, kind=kind: cce.CutCrossEntropy(kind).arguments(i),
+        )
+        for kind in (cce.exact, cce.filtered, cce.compiled)
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(CALLS))
 def test_calls_fit_the_installed_signatures(name):
-    distribution, signature, places, names = calls(make_inputs(CASE))[name]
+    distribution, function, arguments = CALLS[name]
     if not Needs(distribution).version():
         pytest.skip(f"{distribution} is not installed")
-    bound = signature().bind(*places, **(names() if callable(names) else names))
-    assert len(bound.arguments) == len(places) + len(names() if callable(names) else names)
+    found, given = function(), arguments(make_inputs(CASE))
+    signature = found if isinstance(found, inspect.Signature) else inspect.signature(found)
+    bound = signature.bind(**given) if isinstance(given, dict) else signature.bind(*given)
+    assert len(bound.arguments) == len(given)
 
 
 def test_the_exact_cut_cross_entropy_has_no_filter(monkeypatch):
@@ -252,20 +241,27 @@ def test_verl_is_reached_without_ray():
     assert "ray" not in sys.modules
 
 
+def test_generated_code_has_no_count_of_memory():
+    """The counter sees operations; what it does not see is no number."""
+    candidates = [c for c in cpu_candidates() if c.key in ("products", "naive")]
+    candidates.append(replace(PEERS["compiled"], step=naive))
+    report = measure(CASE, candidates, Clock(CPU), 1)
+    row = report["rows"][-1]
+    assert "peak_bytes" not in row
+    assert row["lacks"]["peak_bytes"].startswith("not counted")
+    assert row["seconds"]["warm"]["median"] > 0
+    assert report["rows"][1]["peak_bytes"] > 0
+
+
 def other_task(inputs):
     """Plain cross entropy where the policy's loss is asked for."""
-    logprobs = naive(inputs).logprobs
-    hidden, weight = (t.detach().clone().requires_grad_() for t in (inputs.hidden, inputs.weight))
-    loss = F.cross_entropy(hidden @ weight.t() / inputs.case.temperature, inputs.labels)
-    return naive(inputs).__class__(loss, *torch.autograd.grad(loss, (hidden, weight)), logprobs)
+    logits = inputs.hidden @ inputs.weight.t() / inputs.case.temperature
+    loss = F.cross_entropy(logits, inputs.labels)
+    return Result(loss, *gradients(loss, inputs), naive(inputs).logprobs)
 
 
 def forgets_temperature(inputs):
-    return (
-        naive(inputs.at_temperature_one())
-        if inputs.case.temperature == 1.0
-        else naive(SimpleNamespace(**{**vars(inputs), "case": SimpleNamespace(temperature=1.0)}))
-    )
+    return naive(replace(inputs, case=replace(CASE, temperature=1.0)))
 
 
 @pytest.mark.parametrize("step", [other_task, forgets_temperature])
