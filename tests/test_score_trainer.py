@@ -130,7 +130,7 @@ def test_a_run_with_an_eight_bit_head_says_its_error(
     assert "; head in fp8" in said
     assert "score_head/rms" not in found[0]  # sft has no pass without gradients
     for ours, exact in zip(found[1:], plain[1:], strict=True):
-        assert 0 < ours["score_head/rms"] <= ours["score_head/max"] < 0.1
+        assert 0 < ours["score_head/rms"] <= ours["score_head/max"] < 0.5
         assert ours["kl"] != exact["kl"]
 
 

@@ -14,6 +14,10 @@ bf16; fp32 products without TF32 are about ten times slower, so a byte costs a t
 
 SHARE says how much of the vendor library's rate the kernel's product reaches: an assumption. In
 eight bits the kernel counts half the operations of bf16, while the loop multiplies in bf16.
+
+The choice reads sizes and the device's name: it asks no device to wait, nor for free memory, so it
+is the same while a CUDA graph is captured. For fake tensors (a plan for a GPU) the model decides,
+also where that GPU's own table would say otherwise.
 """
 
 from __future__ import annotations
