@@ -23,6 +23,7 @@ from .output import say
 ERROR_ROWS, ERROR_COLUMNS = 32, 4096
 UNSEEN = "not counted: generated code allocates where a counter of operations sees nothing"
 NO_MEMORY = {"extra_bytes": 0, "peak_bytes": 0}  # bare products: their buffers exist already
+HIDDEN = "its tensors are made inside an operation, where the counter of tensors sees none"
 SHORTEST = 1e-9  # seconds: a clock that did not move must not end in a division by zero
 LEAST_FLOORS = 3  # times the floor that a candidate takes at least: memory, one round, errors
 
@@ -59,7 +60,7 @@ class Measurements:
             "tflops": products * case.product_flops / own / 1e12,
             **self.memory[key],
             "errors": finite(self.errors.get(key, {})),
-            "lacks": {**self.lacks(key), **candidate.lacks},
+            "lacks": {**self.not_measured(candidate), **candidate.lacks},
             "has_entropy_gradient": candidate.has_entropy_gradient,
             "wrong": self.wrong.get(key, ""),
         }
@@ -71,10 +72,15 @@ class Measurements:
         row |= {name: own / self.median(o) for name, o in others.items() if self.has(o)}
         return row | ({"floor_share": self.median(floor) / own} if self.has(floor) else {})
 
-    def lacks(self, key: str) -> dict[str, str]:
-        """Columns that this run has not filled, and why."""
-        found = {} if self.times[key]["cold"] else {"cold": NO_COLD}
-        return found if self.memory[key] else {**found, "peak_bytes": UNSEEN}
+    def not_measured(self, candidate: Candidate) -> dict[str, str]:
+        """Columns that this run has nothing for, and why."""
+        reasons = {}
+        if not self.times[candidate.key]["cold"]:
+            reasons["cold"] = NO_COLD
+        memory = self.memory[candidate.key]
+        if not candidate.is_floor and not memory.get("peak_bytes"):
+            reasons["peak_bytes"] = HIDDEN if memory else UNSEEN
+        return reasons
 
     def has(self, key: str) -> bool:
         """Whether it was timed."""
@@ -178,22 +184,23 @@ def release(device: torch.device) -> None:
 
 
 def prepare(candidate: Candidate, inputs: Inputs, clock: Clock) -> tuple[dict[str, int], float]:
-    """The memory of a step, and about how long one takes; after it code and buffers exist."""
-    given = candidate.inputs_of(inputs)
+    """The memory of a step, and about how long one takes; after it code and buffers exist.
+
+    No code is generated under the counter of a CPU: ours runs as ordinary operations there, for
+    others' compiled code there is no memory.
+    """
+    given, is_gpu = candidate.inputs_of(inputs), clock.device.type == "cuda"
     if candidate.is_floor:
-        if clock.device.type == "cuda":
+        if is_gpu:
             candidate.step(given)
         return NO_MEMORY, clock.seconds(lambda: candidate.step(given))
-    if candidate.needs.generates_code and clock.device.type != "cuda":
+    if is_gpu or candidate.needs.generates_code:
         candidate.step(given)
+    if candidate.needs.generates_code and not is_gpu:
         return {}, clock.seconds(lambda: candidate.step(given))
-    if clock.device.type == "cuda":
-        candidate.step(given)
     memory: list[dict[str, int]] = []
     seconds = clock.seconds(lambda: memory.append(memory_of(candidate, given)))
-    if candidate.is_ours and generates_code(
-        inputs.case, clock.device
-    ):  # and could not under the counter
+    if candidate.is_ours and generates_code(inputs.case, clock.device):
         candidate.step(given)
         seconds = clock.seconds(lambda: candidate.step(given))
     return memory[0], seconds

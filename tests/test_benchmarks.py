@@ -21,6 +21,7 @@ from benchmarks.gpu_targets import gpu_targets, target_state
 from benchmarks.loss import cpu_targets
 from benchmarks.measure import measure
 from benchmarks.memory import LiveBytes, counting, memory_of
+from benchmarks.needs import Needs
 
 TINY = ["loss", "--rows", "32", "--vocab", "500", "--dim", "64", "--threads", "1"]
 
@@ -252,6 +253,23 @@ def test_a_peer_that_hangs_only_when_it_is_timed_is_broken_off():
     rows = measured([floor, peer], until=begin + 2.0)
     assert rows["peer"]["missing"].startswith("OutOfTime: stopped after")
     assert time.monotonic() - begin < 6
+
+
+def test_memory_that_cannot_be_counted_is_no_zero():
+    def hidden(inputs):
+        with torch.no_grad():
+            return baselines.Result(logprobs=inputs.ref_logprobs)
+
+    floor = cpu_candidates()[0]
+    compiled = baselines.Candidate(
+        "a", "a", baselines.naive, needs=Needs(generates_code=True), has_errors=False
+    )
+    inside = baselines.Candidate("b", "b", hidden, has_errors=False)
+    rows = measured([floor, compiled, inside])
+    assert "peak_bytes" not in rows["a"]
+    assert "generated code" in rows["a"]["lacks"]["peak_bytes"]
+    assert "inside an operation" in rows["b"]["lacks"]["peak_bytes"]
+    assert "peak_bytes" not in rows["products"]["lacks"]
 
 
 def test_what_comes_too_late_is_dropped_with_the_reason():
