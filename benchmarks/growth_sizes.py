@@ -56,11 +56,12 @@ def _sizes(device: str, dtype: torch.dtype) -> Sizes:
     common |= {"group": (2, 4, 8, 16, 32)}
     if device == "cuda":
         large = Case(8192, 131_072, 4096, dtype)
+        common["rows"] = (256, 1024, 4096, 16_384, 32_768, 65_536)
         return Sizes(
             timed=large,
             held=large,
             across=replace(large, dim=2048),
-            along=large,
+            along=replace(large, num_rows=2048),
             fixed=large,
             dim=(512, 1024, 2048, 4096, 8192),
             workspace=(256, 512, 1024, 2048, 4096),

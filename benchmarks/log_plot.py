@@ -14,6 +14,7 @@ WIDTH, PLOT, LEFT, RIGHT, BOTTOM = 540, 250, 70, 20, 52  # pixels; PLOT: height 
 TITLE, ROW = 44, 17  # heights of the heading and of a row of the legend
 COLUMNS, GAP, MOST_TICKS = 2, 16, 8
 MARGIN = 0.04  # of the logarithmic span, on both sides
+LEAST_SPAN = 3.0  # of an axis, largest / smallest
 EXTRA_STYLE = ".fit{fill:none;stroke-width:1.5;stroke-dasharray:5 4}.small{font-size:11px}"
 
 
@@ -46,9 +47,10 @@ class LogAxis:
 
 
 def log_axis(values: Sequence[float], start: float, end: float, base: int) -> LogAxis:
-    """An axis around values above 0; a single one lies in its middle."""
+    """An axis around values above 0; those that hardly differ lie in its middle."""
     low, high = min(values), max(values)
-    pad = (high / low) ** MARGIN if high > low else float(base)
+    least = max(1.0, (LEAST_SPAN / (high / low)) ** 0.5)
+    pad = max(least, (high / low) ** MARGIN)
     return LogAxis(low / pad, high * pad, start, end, base)
 
 

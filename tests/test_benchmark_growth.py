@@ -243,7 +243,7 @@ def test_memory_by_shape_and_its_files(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "memory_cpu.json").read_text())
     (case,) = report["cases"]
     rows = {row["key"]: row for row in case["rows"]}
-    assert list(rows) == ["one_pass", "naive", "two_pass", "scored", "naive_scored"]
+    assert list(rows) == ["one_pass", "two_pass", "scored", "naive", "naive_scored"]
     assert 64 * 700 * 2 < rows["one_pass"]["peak_bytes"] < rows["naive"]["peak_bytes"] / 1.5
     assert [row["key"] for row in case["planned"]] == list(KEYS)
     page = (tmp_path / "memory_cpu.md").read_text()
