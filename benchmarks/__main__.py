@@ -22,6 +22,7 @@ COMMANDS = {
     "quickstart": "the main job over seeds beside its rivals",
     "record": "keep the result of a finished run",
     "roofline": "the cost model: operations, bytes and floor of each step",
+    "rollout": "tokens per second of the rollout engines beside transformers' generate",
     "score": "logprobs and entropies without gradients beside their floor and peers",
     "readme": "write the numbers of the result files into README.md",
     "step": "the training phase of one optimizer step, ours and TRL's",
