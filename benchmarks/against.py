@@ -195,6 +195,10 @@ def columns(new: Row, old: Row, rows: Row, olds: Row, *, same: bool) -> list[str
     if "missing" in new or "missing" in old:
         states = [row.get("missing", "measured") for row in (old, new)]
         return [f"{states[0]}, {states[1]}".replace("|", "/"), "-", "-", "-"]
+    sizes = [row.get("peak_bytes") for row in (old, new)]
+    memory = "-" if None in sizes else ", ".join(map(mebibytes, sizes))
+    if "seconds" not in old or "seconds" not in new:
+        return ["-", "-", "-", memory]
     pairs = [relative(old, olds), relative(new, rows)]
     times = [row["seconds"]["warm"]["median"] for row in (old, new)]
     first, second = (None if pair is None else pair["median"] for pair in pairs)
@@ -204,14 +208,13 @@ def columns(new: Row, old: Row, rows: Row, olds: Row, *, same: bool) -> list[str
     else:
         change = f"{100 * (second / first - 1):+.1f} %"
     shown = ", ".join(map(milliseconds, times)) if same else "other machine"
-    sizes = [row.get("peak_bytes") for row in (old, new)]
-    return [ratios, change, shown, "-" if None in sizes else ", ".join(map(mebibytes, sizes))]
+    return [ratios, change, shown, memory]
 
 
 def relative(row: Row, rows: Row) -> Row | None:
-    """Median and band of a row over its floor's median, None where it has no floor."""
+    """Median and band of a row over its floor's median, None without a floor or seconds."""
     floor = rows.get(row.get("floor"), {"missing": ""})
-    if "missing" in floor:
+    if "missing" in floor or "seconds" not in row:
         return None
     unit = floor["seconds"]["warm"]["median"]
     return {name: row["seconds"]["warm"][name] / unit for name in ("median", "low", "high")}
@@ -229,7 +232,7 @@ def regressions(new: Row, old: Row, rows: Row, olds: Row, *, same: bool) -> Iter
     if old.get("has_entropy_gradient") and not new.get("has_entropy_gradient"):
         yield "lost its entropy gradient"
     first, second = relative(old, olds), relative(new, rows)
-    if (first is None or second is None) and same:
+    if (first is None or second is None) and same and "seconds" in old and "seconds" in new:
         first, second = (row["seconds"]["warm"] for row in (old, new))
     if first is not None and second is not None and is_slower(second, first):
         yield f"slower: x{second['median'] / first['median']:.2f}, limit x{SLOWER}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import plot
+from . import against, plot
 from .baselines import Candidate
 from .candidates import loss_candidates, score_candidates
 from .cases import DTYPES, GPU_ROWS, SHAPES, Case, Inputs, with_weights
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=2, help="torch threads (default 2)")
     parser.add_argument("--seconds", type=positive_seconds, help="limit: what is late is dropped")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    against.add_argument(parser)
 
 
 def run(options: argparse.Namespace, command: str) -> int:
@@ -66,7 +67,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     files = plot.write(report, options.out / f"memory_{options.device}")
     print(plot.drawer(report).page(report))
     print("written:", *files)
-    return 1 if any(row.get("met") is False for row in all_rows(report)) else 0
+    status = against.check(report, options.against, options.only)
+    return status or (1 if any(row.get("met") is False for row in all_rows(report)) else 0)
 
 
 def all_rows(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -183,3 +183,15 @@ def test_trainers_of_a_step_are_compared(capsys: pytest.CaptureFixture[str]) -> 
     new["case"]["model"] = "y"
     assert against.check(new, old) == 2
     assert "Type python -m benchmarks step" in capsys.readouterr().out
+
+
+def test_rows_without_seconds_are_compared_by_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    old = copy.deepcopy(report_cases.report("memory"))
+    for row in old["cases"][0]["rows"]:
+        row.pop("seconds", None)
+    new = copy.deepcopy(old)
+    assert against.check(new, old) == 0
+    ours(new)["peak_bytes"] *= 2
+    assert against.check(new, old) == 1
+    said = "| - | - | - | 320, 640 | more memory: 320 to 640 MiB, limit x1.02 |"
+    assert f"| qwen3-0.6b: crpo_kernels, one pass {said}" in capsys.readouterr().out
