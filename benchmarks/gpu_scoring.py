@@ -52,11 +52,13 @@ def plain_view(case: Case) -> LogitView:
     return LogitView.make(None, case.temperature, 1.0, None)
 
 
-def ways(hidden: Tensor, weight: Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
+def ways(
+    hidden: Tensor, weight: Tensor, splits: tuple[int, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """How the kernel may run on these operands: splits, descriptors or pointers."""
     tile = choose_tile(hidden, weight)
     yield "as chosen", {}
-    for num_splits in (1, 2, 5):
+    for num_splits in splits:
         yield f"{num_splits} splits", {"num_splits": num_splits}
     if tile.uses_tma:
         yield "pointers", {"tile": replace(tile, uses_tma=False)}
@@ -84,7 +86,7 @@ def check_precision(part: Part, inputs: Inputs) -> None:
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     truth = exact_result(inputs, inputs.labels[:8], with_entropy=True)
     rival = rival_result(inputs)
-    for way, options in ways(hidden, weight):
+    for way, options in ways(hidden, weight, (1, 2, 5)):
         table = score(hidden, weight, inputs.labels, plain_view(inputs.case), **options)
         for name in ("logprobs", "entropy"):
             true = getattr(truth, name)
@@ -138,7 +140,7 @@ def check_special(part: Part, inputs: Inputs) -> None:
     log_p = exact_rows(inputs, view).log_softmax(1)[:, -1]
     poisoned, broken = hidden.clone(), weight.clone()
     poisoned[3, 0] = broken[-1, 0] = torch.nan
-    for way, options in ways(hidden, weight):
+    for way, options in ways(hidden, weight, (1, 3)):
         found = score(hidden, weight, labels, view, **options).column("logprobs")
         error = float((found.double() - log_p)[2:].abs().max())
         part.at_most(f"half of -inf, {way}: logprobs", error, NATS[hidden.dtype])

@@ -7,8 +7,6 @@ multiple of a step, or of no 16 bytes at all.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,39 +22,34 @@ from .pairwise import pairwise
 
 ROWS, ODD_ROWS, FEW = 8192, 3001, 64
 LARGE, ODD = 151_936, 50_257  # vocabularies
-PLAIN: dict[str, Any] = {"dim": 1024, "pitch": 0, "bias": False, "softcap": None}
-PLAIN |= {"temperature": 0.7}
-EXACT: dict[str, Any] = {"kind": "single", "dim": 1003, "pitch": 0, "bias": True, "softcap": 30.0}
-EXACT |= {"temperature": "per token"}
 OPTIONS: dict[str, tuple] = {
-    "kind": ("many", "few", "fp8"),
+    "kind": ("many", "fp8"),
     "dim": (1024, 1000, 1003),
     "pitch": (0, 4),  # elements between the rows of hidden and weight
-    "bias": (False, True),
-    "softcap": (None, 30.0),
-    "temperature": (0.7, "per token"),
+    "has_all": (False, True),  # bias, soft cap and a temperature per token
 }
+KINDS = ("many", "few", "fp8", "single")
 DTYPES = {"fp8": torch.float8_e4m3fn, "single": torch.float32}
 
 
 def scoring_jobs() -> list[Job]:
     """The launches of all targets."""
     jobs = []
-    plain = [{"kind": kind, **PLAIN} for kind in OPTIONS["kind"]]
-    chosen = [*plain, EXACT, *pairwise(OPTIONS)]
+    aligned = pairwise({"kind": KINDS, "dim": (1024,), "pitch": (0,), "has_all": (False, True)})
+    chosen = [*aligned, *pairwise(OPTIONS)]
     for target, tiles in TILES.items():
         if target == "interpreter":
             continue
         for settings in chosen:
             if settings["kind"] == "fp8" and tiles.fp8 is None:
                 continue
-            name = " ".join(f"{k} {v}" for k, v in settings.items() if v not in (None, False, 0))
+            name = f"score {settings['kind']} D{settings['dim']}+{settings['pitch']}"
+            name += " bias softcap temperatures" * settings["has_all"]
             is_exact = settings["kind"] == "single"
             jobs += [
-                Job(f"score {name}", x.kernel, x.arguments, x.meta, is_exact=is_exact,
-                    targets=(target,))
+                Job(name, x.kernel, x.arguments, x.meta, is_exact=is_exact, targets=(target,))
                 for x in scoring_launches(target, tiles, **settings)
-            ]  # fmt: skip
+            ]
     return jobs
 
 
@@ -66,9 +59,7 @@ def scoring_launches(
     kind: str,
     dim: int,
     pitch: int,
-    bias: bool,
-    softcap: float | None,
-    temperature: float | str,
+    has_all: bool,
 ) -> list[Launch]:
     """The launches of one call on ``target``; arguments as in OPTIONS."""
     num_rows = {"few": min(FEW, tiles.few.block_t), "many": ROWS}.get(kind, ODD_ROWS)
@@ -81,10 +72,10 @@ def scoring_launches(
 
         hidden, weight = matrix(num_rows), matrix(vocab_size)
         view = LogitView.make(
-            torch.empty(vocab_size) if bias else None,
-            torch.empty(num_rows) if isinstance(temperature, str) else temperature,
+            torch.empty(vocab_size) if has_all else None,
+            torch.empty(num_rows) if has_all else 0.7,
             1.0,
-            softcap,
+            30.0 if has_all else None,
         )
         scales = (torch.empty(num_rows), torch.empty(vocab_size)) if kind == "fp8" else None
         labels = torch.empty(num_rows, dtype=torch.int64)

@@ -130,7 +130,10 @@ def test_shipped_kernels_pass(compile_gate):
     seen = {row["configuration"].split(" ", 1)[0] for row in objective}
     assert seen == {"clip", "gspo", "cispo", "sft"}
     assert len(objective) >= 4 * 4 * len(TARGETS)  # each policy term with each KL estimator or none
-    for kernel in ("row_stats", "row_grad", "stage_counts", "stage_weights"):
+    scoring = [row for row in rows if row["kernel"] == "linear_stats_kernel"]
+    assert all(row["has_dot"] for row in scoring)
+    assert {row["target"] for row in scoring if row["matrix_instruction"]} == set(TARGETS)
+    for kernel in ("row_stats", "row_grad", "stage_counts", "stage_weights", "linear_"):
         seen = {row["target"] for row in rows if row["kernel"].startswith(kernel)}
         assert seen == set(TARGETS), kernel
 
@@ -225,6 +228,33 @@ def test_loads_are_counted_where_control_comes_back():
     assert loop_loads(AMD_TAIL, "hip") == [16]
     assert loop_loads(PTX_NEST, "cuda") == [8, 16, 16]
     assert loop_loads(PTX_NEST.replace("@%p2 ret", "ret"), "cuda") == []
+
+
+def test_loads_of_two_bytes_and_one_have_their_size():
+    from benchmarks.inspect_triton import GLOBAL_LOAD, load_size
+
+    names = {"buffer_load_ushort": 2, "global_load_sshort": 2, "buffer_load_ubyte": 1}
+    names |= {"global_load_short_d16_hi": 2, "buffer_load_dwordx4": 16, "global_load_sbyte": 1}
+    for name, size in names.items():
+        found = GLOBAL_LOAD["hip"].search(f"    {name} v1, v2, s[0:3], 0 offen")
+        assert found is not None
+        assert load_size(found) == size, name
+
+
+def test_a_launch_of_one_target_is_compiled_for_no_other(monkeypatch):
+    from benchmarks import inspect_triton
+
+    monkeypatch.setattr(inspect_triton, "specialisation_key", lambda job, target: job.name)
+    jobs = [Job("all", None, {}), Job("one", None, {}, targets=("sm_80", "gfx942"))]
+    found = compile_gate_module.distinct(jobs, list(TARGETS))
+    assert [target for job, target in found if job.name == "one"] == ["sm_80", "gfx942"]
+    assert len([target for job, target in found if job.name == "all"]) == len(TARGETS)
+
+
+def test_exact_products_need_no_tensor_cores():
+    report = replace(REPORT, has_dot=True)
+    assert problems(report, Job("c", None, {})) == ["tl.dot became scalar code, not mma.sync"]
+    assert problems(report, Job("c", None, {}, is_exact=True)) == []
 
 
 REPORT = Report("k", "c", "sm_80", registers=32, load_bytes=(16, 16))

@@ -63,8 +63,8 @@ class Tiles:
     single: Tile
 
 
-NARROW = Tile(64, 64, 32, 4, 2)  # where each element is a load of its own: more would spill
-SINGLE = Tile(32, 64, 16, 4, 2)
+NARROW = Tile(64, 64, 32, 8, 2)  # where each element is a load of its own: more would spill
+SINGLE = Tile(32, 32, 16, 4, 2)
 SMALL = Tile(16, 32, 16, 4, 1, uses_tma=True)
 TILES: dict[str, Tiles] = {
     # 148 KB of 227 shared; two groups of four warps with 64 x 256 fp32 products each: 128 registers

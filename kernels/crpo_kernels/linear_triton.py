@@ -147,8 +147,9 @@ def linear_stats_kernel(
             else:
                 rows = tl.minimum(offs_t, num_rows - 1).to(tl.int64)
                 columns = tl.minimum(start_v + tl.arange(0, BLOCK_V), vocab_size - 1).to(tl.int64)
-                a_ptrs = hidden + rows[:, None] * stride_ht + offs_d[None, :] * stride_hd
-                b_ptrs = weight + columns[None, :] * stride_wv + offs_d[:, None] * stride_wd
+                steps = offs_d.to(tl.int64)
+                a_ptrs = hidden + rows[:, None] * stride_ht + steps[None, :] * stride_hd
+                b_ptrs = weight + columns[None, :] * stride_wv + steps[:, None] * stride_wd
                 for k in range(0, dim, BLOCK_D):
                     if IS_EVEN:
                         a = tl.load(a_ptrs)
@@ -157,8 +158,8 @@ def linear_stats_kernel(
                         a = tl.load(a_ptrs, mask=offs_d[None, :] < dim - k, other=0.0)
                         b = tl.load(b_ptrs, mask=offs_d[:, None] < dim - k, other=0.0)
                     raw = _dot(a, b, raw, BLOCK_D)
-                    a_ptrs += BLOCK_D * stride_hd
-                    b_ptrs += BLOCK_D * stride_wd
+                    a_ptrs += tl.cast(BLOCK_D, tl.int64) * stride_hd
+                    b_ptrs += tl.cast(BLOCK_D, tl.int64) * stride_wd
             halves = tl.permute(tl.reshape(raw, [BLOCK_T, 2, BLOCK_V // 2]), [0, 2, 1])
             left, right = tl.split(halves)
             m, s, t, y = _add_columns(
