@@ -26,6 +26,7 @@ KINDS = ("warm", "cold")
 NO_COLD = f"{LATE}; the warm step followed another candidate's instead of its own"
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+LONGEST_STEP = 300.0  # seconds after which a peer's step is broken off, whatever time there is
 ASSUMED_CACHE = 256 << 20  # where a machine does not tell; more than the caches of most
 Times = dict[str, dict[str, list[float]]]  # seconds by candidate, warm and cold
 
@@ -155,9 +156,9 @@ def timed(candidate: Candidate, given: Inputs, clock: Clock, kind: str, left: fl
     def step() -> object:
         return candidate.step(given)
 
-    if candidate.is_ours or candidate.is_floor or not math.isfinite(left):
+    if candidate.is_ours or candidate.is_floor:
         return clock.seconds(step, cold=kind == "cold")
-    with at_most_seconds(max(left, 1.0)):
+    with at_most_seconds(min(max(left, 1.0), LONGEST_STEP)):
         return clock.seconds(step, cold=kind == "cold")
 
 

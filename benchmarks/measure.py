@@ -30,8 +30,9 @@ LEAST_FLOORS = 3  # times the floor that a candidate takes at least: memory, one
 
 @dataclass
 class Measurements:
-    """What was found so far, by key of the candidate."""
+    """What was found so far, by key of the candidate, in at most so many ``rounds``."""
 
+    rounds: int
     missing: dict[str, str] = field(default_factory=dict)
     errors: dict[str, dict[str, dict]] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
@@ -77,6 +78,9 @@ class Measurements:
         reasons = {}
         if not self.times[candidate.key]["cold"]:
             reasons["cold"] = NO_COLD
+        wanted = self.rounds if candidate.rounds is None else min(candidate.rounds, self.rounds)
+        if (count := len(self.times[candidate.key]["warm"])) < wanted:
+            reasons["rounds"] = f"{count} of {wanted} rounds, the others {LATE}"
         memory = self.memory[candidate.key]
         if not candidate.is_floor and not memory.get("peak_bytes"):
             reasons["peak_bytes"] = HIDDEN if memory else UNSEEN
@@ -98,7 +102,7 @@ def measure(
     rounds: int,
     *,
     until: float = math.inf,
-    peer_seconds: float = 3600.0,
+    peer_seconds: float = 600.0,
     make: Callable[[Case, torch.device], Inputs] | None = None,
 ) -> dict:
     """A CASE of a report: every candidate on one case.
@@ -116,7 +120,7 @@ def measure(
     say(f"{case.shape} {case.name}: inputs")
     inputs = make_inputs(case, device=clock.device) if make is None else make(case, clock.device)
     truth = Truth(inputs, min(ERROR_ROWS, case.num_rows), ERROR_COLUMNS)
-    found = Measurements(missing=absent(candidates, case, clock.device))
+    found = Measurements(rounds, missing=absent(candidates, case, clock.device))
     for candidate in candidates:
         if candidate.key in found.missing:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -85,7 +84,6 @@ def measure_cases(
             rounds_of(options),
             until=end,
             make=make,
-            peer_seconds=math.inf if math.isinf(end) else end - time.monotonic(),
         )
         report["cases"].append(found)
         report["targets"] += targets(found, report["machine"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +48,37 @@ def test_cold_steps_come_after_a_flush_of_twice_the_cache(monkeypatch):
     assert timer._flusher.numel() == 2000
     timer.forget()
     assert "_flusher" not in timer.__dict__
+
+
+def test_on_a_gpu_the_flush_comes_before_the_first_event(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 4.0  # ms
+
+    fakes = {
+        "device": lambda _: contextlib.nullcontext(),
+        "Event": Event,
+        "synchronize": lambda *_: log.append("synchronize"),
+        "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=50 << 20),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    timer = Clock(torch.device("cuda", 0))
+    assert timer.cache_bytes == 50 << 20
+    monkeypatch.setattr(timer, "flush", lambda: log.append("flush"))
+    assert timer.seconds(lambda: log.append("step"), cold=True) == pytest.approx(0.004)
+    assert log == ["synchronize", "flush", "record", "step", "record", "wait"]
 
 
 class Fake(Clock):
@@ -92,6 +126,14 @@ def test_rounds_go_first_then_cold_steps_then_candidates(monkeypatch):
     assert missing == {}
     _, times, missing = run({"a": 1.0, "b": 4.0, "c": 1.0}, 5, 5.5, monkeypatch)
     assert missing == {"c": LATE}
+
+
+def test_a_peer_that_hangs_is_broken_off_without_a_deadline(monkeypatch):
+    monkeypatch.setattr(clock, "LONGEST_STEP", 0.1)
+    peer = Candidate("x", "x", lambda _: time.sleep(20))
+    inputs = make_inputs(Case(4, 30, 16, torch.float32))
+    _, missing = measure_seconds([peer], inputs, Clock(CPU), 1, lambda _: None, expected={"x": 0.0})
+    assert missing == {"x": "OutOfTime: stopped after 0.1 s"}
 
 
 def test_a_peer_that_raises_when_timed_has_the_reason(monkeypatch):

@@ -19,7 +19,7 @@ from benchmarks.clock import Clock
 from benchmarks.deadline import LATE
 from benchmarks.gpu_targets import gpu_targets, target_state
 from benchmarks.loss import cpu_targets
-from benchmarks.measure import measure
+from benchmarks.measure import Measurements, measure
 from benchmarks.memory import LiveBytes, counting, memory_of
 from benchmarks.needs import Needs
 
@@ -253,6 +253,19 @@ def test_a_peer_that_hangs_only_when_it_is_timed_is_broken_off():
     rows = measured([floor, peer], until=begin + 2.0)
     assert rows["peer"]["missing"].startswith("OutOfTime: stopped after")
     assert time.monotonic() - begin < 6
+
+
+def test_rounds_that_were_dropped_are_told():
+    floor, ours = cpu_candidates()[:2]
+    case, cpu = Case(8, 50, 16, torch.float32), Clock(torch.device("cpu"))
+
+    assert "rounds" not in measure(case, [floor, ours], cpu, 2)["rows"][1]["lacks"]
+    once = replace(ours, rounds=1)
+    assert "rounds" not in measure(case, [floor, once], cpu, 2)["rows"][1]["lacks"]
+    found = Measurements(4, memory={"one_pass": {"peak_bytes": 5}})
+    found.times = {"one_pass": {"warm": [1.0], "cold": [2.0]}}
+    row = found.row(ours, case)
+    assert row["lacks"] == {"rounds": f"1 of 4 rounds, the others {LATE}"}
 
 
 def test_memory_that_cannot_be_counted_is_no_zero():
