@@ -9,8 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.compile_report import TARGETS
-from crpo_kernels import linear_tiles
+from crpo_kernels import linear_tiles, scorer
 from crpo_kernels.linear_tiles import NARROW, TILES, Tile, choose_order, choose_tile
+from crpo_kernels.plan import HeadSizes
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -62,6 +63,25 @@ def test_why_a_matrix_cannot_be_described():
     where = values.data_ptr() % 16 // 2
     assert reason(values[(8 - where) % 8 :][:16].view(2, 8)) is None
     assert "it begins 2 bytes" in reason(values[(8 - where) % 8 + 1 :][:16].view(2, 8))
+
+
+def test_what_is_read_an_element_at_a_time_is_scored_by_chunks():
+    hidden, weight = operands(dim=1001, vocab=50_257)
+    reason = linear_tiles.narrow_reason(hidden, weight, "sm_90")
+    assert reason == (
+        "hidden is read an element at a time: its rows are 2002 bytes apart, not a multiple of 16"
+    )
+    sizes = HeadSizes(hidden, weight, 8192, "triton", None)
+    choice = scorer.cheaper_scorer(sizes)
+    assert choice == ("chunks", f"for the fused kernel {reason}")
+    fewer = linear_tiles.narrow_reason(*operands(dim=1000), "sm_80")
+    assert fewer is not None
+    assert "begin every 1000 and 1000 elements, not at multiples of 16" in fewer
+    assert linear_tiles.narrow_reason(*operands(dim=1000), "sm_90") is None
+    eight = sizes._replace(head_dtype=FP8)
+    assert "its rows are 1001 bytes apart" in scorer.cheaper_scorer(eight).reason
+    aligned = HeadSizes(*operands(dim=1024, vocab=50_257), 8192, "triton", None)
+    assert "cost model" in scorer.cheaper_scorer(aligned).reason
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])

@@ -170,6 +170,20 @@ def choose_tile(hidden: Tensor, weight: Tensor, target: str | None = None) -> Ti
     return NARROW
 
 
+def narrow_reason(hidden: Tensor, weight: Tensor, target: str | None = None) -> str | None:
+    """Why the operands would be read an element at a time, several times slower, or None."""
+    if choose_tile(hidden, weight, target) != NARROW:
+        return None
+    for name, matrix in (("hidden", hidden), ("weight", weight)):
+        if reason := descriptor_obstacle(matrix):
+            return f"{name} is read an element at a time: {reason}"
+    pitches = f"{hidden.stride(0)} and {weight.stride(0)}"
+    return (
+        "hidden and weight are read an element at a time: their rows begin every "
+        f"{pitches} elements, not at multiples of {WIDE_PITCH}"
+    )
+
+
 def num_units(device: torch.device, *, is_planned: bool) -> int:
     """Multiprocessors of a device."""
     if is_planned:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .aligned import OPERATIONS_PER_BYTE_OF_GPU
 from .host import is_fake
-from .linear_tiles import TILES, target_of
+from .linear_tiles import TILES, narrow_reason, target_of
 from .plan import RING_ROWS, ROW_MULTIPLE, HeadSizes
 from .quantised import FLOAT8
 from .score_table import TABLE, Measured, nearest
@@ -127,6 +127,8 @@ def cheaper_scorer(sizes: HeadSizes, table: tuple[Measured, ...] = TABLE) -> Sco
     hidden = sizes.hidden
     if hidden.device.type == "cpu" and not is_fake(hidden):
         return ScorerChoice("fused", "Triton's interpreter has no times to choose by")
+    if reason := unaligned_reason(sizes):
+        return ScorerChoice("chunks", f"for the fused kernel {reason}")
     device = device_name(hidden)
     dtype = sizes.head_dtype or hidden.dtype
     vocab_size, dim = sizes.weight.shape
@@ -145,6 +147,17 @@ def cheaper_scorer(sizes: HeadSizes, table: tuple[Measured, ...] = TABLE) -> Sco
         f"not measured on {device}: by the cost model the fused kernel takes {share:.2f} of the "
         "chunk loop's time",
     )
+
+
+def unaligned_reason(sizes: HeadSizes) -> str | None:
+    """Why the fused kernel would not read 16 bytes at once, or None; eight bits are copied."""
+    hidden, weight = sizes.hidden, sizes.weight
+    target = "sm_90" if device_name(hidden) == PLANNED else target_of(hidden.device)
+    if sizes.head_dtype is not None:
+        hidden, weight = (
+            torch.empty(x.shape, dtype=sizes.head_dtype, device="meta") for x in (hidden, weight)
+        )
+    return narrow_reason(hidden, weight, target)
 
 
 def modelled_share(sizes: HeadSizes) -> float:
