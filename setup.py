@@ -36,7 +36,10 @@ EXTRAS = {
         *("matplotlib>=3.10", "trl>=1.16", "cut-cross-entropy>=25.1"),
         "liger-kernel>=0.8; platform_system == 'Linux'",
     ],
-    "bench-gpu": ["quack-kernels>=0.6; platform_system == 'Linux'"],  # brings CUTLASS, 300 MB
+    "bench-gpu": [  # brings CUTLASS, 300 MB; verl without its dependencies comes by hand: README
+        "liger-kernel[cutedsl]>=0.8; platform_system == 'Linux'",
+        "quack-kernels>=0.6; platform_system == 'Linux'",
+    ],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "codespell>=2.4", "pre-commit>=4"]
 
