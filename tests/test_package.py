@@ -21,7 +21,8 @@ COMMANDS = [
     'pip install -c constraints.txt -e ".[demo]" && torchrun crpo_fast/train.py',
     'pip install -c constraints.txt -e ".[test]" && pytest',
 ]
-EXTRAS = {"demo", "test", "flash", "liger", "tensorboard", "wandb", "trackio", "bench", "dev"}
+EXTRAS = {"demo", "test", "flash", "liger", "tensorboard", "wandb", "trackio", "dev"}
+EXTRAS |= {"bench", "bench-gpu"}
 
 
 def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
