@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -129,14 +129,17 @@ def gradients(loss: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
 class BareProducts:
     """The first products that any method needs, into buffers that exist already.
 
+    All share their buffers: on a GPU several sets of them would leave too little for plain torch.
+
     Args:
         num_products: 1 logits, 2 and d_hidden, 3 and d_weight.
         has_fp32_out: results in fp32 from operands as they are (CUDA only).
     """
 
+    buffers: ClassVar[dict[tuple[str, torch.dtype], Tensor]] = {}
+
     def __init__(self, num_products: int = 3, *, has_fp32_out: bool = False) -> None:
         self.num_products, self.has_fp32_out = num_products, has_fp32_out
-        self.buffers: dict[str, Tensor] = {}
 
     def __call__(self, inputs: Inputs) -> Result:
         """logits, d_hidden, d_weight."""
@@ -154,18 +157,22 @@ class BareProducts:
 
     def buffer(self, name: str, like: Tensor, shape: Sequence[int], kind: torch.dtype) -> Tensor:
         """A buffer of this shape, made at its first use."""
-        if name not in self.buffers or self.buffers[name].shape != tuple(shape):
-            self.buffers[name] = like.new_empty(shape, dtype=kind)
-        return self.buffers[name]
+        known = self.buffers.get((name, kind))
+        if known is None or known.shape != tuple(shape) or known.device != like.device:
+            self.buffers.pop((name, kind), None)  # frees it before the next one is made
+            known = self.buffers[name, kind] = like.new_empty(shape, dtype=kind)
+        return known
 
     def rounded(self, logits: Tensor, kind: torch.dtype) -> Tensor:
         """An operand with values like those of ``logits``, made once: it is not part of the floor.
 
         Values matter: products of zeros draw less power and run faster.
         """
-        if "d_raw" not in self.buffers or self.buffers["d_raw"].shape != logits.shape:
-            self.buffers["d_raw"] = logits.to(kind)
-        return self.buffers["d_raw"]
+        known = self.buffers.get(("d_raw", kind))
+        if known is None or known.shape != logits.shape or known.device != logits.device:
+            self.buffers.pop(("d_raw", kind), None)
+            known = self.buffers["d_raw", kind] = logits.to(kind)
+        return known
 
     @staticmethod
     def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:

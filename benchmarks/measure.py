@@ -13,7 +13,7 @@ import torch
 import crpo_kernels.call as kernel_call
 
 from .accuracy import Truth
-from .baselines import FLOORS, NAIVE, Candidate
+from .baselines import FLOORS, NAIVE, BareProducts, Candidate
 from .cases import Case, Inputs, make_inputs
 from .clock import NO_COLD, Clock, Times, measure_seconds, summary
 from .deadline import LATE, OutOfTime, at_most_seconds
@@ -148,6 +148,7 @@ def measure(
         present, inputs, clock, rounds, say, expected=found.expected, until=until
     )
     clock.forget()
+    BareProducts.buffers.clear()
     found.missing |= late
     return summarized(case, candidates, found) | {
         "entropy_quantiles": truth.entropy_quantiles,

@@ -332,3 +332,27 @@ def test_a_gpu_is_timed_by_events_and_counted_by_its_allocator(monkeypatch):
         assert counter.restart() == 800  # beyond what was there before
         assert counter.peak == 600
     assert log == ["synchronize", "reset", "reset"]
+
+
+def test_bare_products_are_the_three_of_a_head_and_share_their_buffers():
+    inputs = make_inputs(Case(6, 50, 16, torch.float32))
+    three, two = baselines.BareProducts(), baselines.BareProducts(2)
+    three(inputs)
+    made = {name: value for (name, _), value in three.buffers.items()}
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    logits = hidden @ weight.t()
+    for name, value in {
+        "logits": logits,
+        "d_hidden": logits @ weight,
+        "d_weight": logits.t() @ hidden,
+    }.items():
+        assert torch.allclose(made[name], value, rtol=1e-4, atol=1e-4), name
+    two(inputs)
+    assert {name: value.data_ptr() for (name, _), value in two.buffers.items()} == {
+        name: value.data_ptr() for name, value in made.items()
+    }
+    other = make_inputs(Case(5, 50, 16, torch.float32))
+    two(other)
+    assert two.buffers["logits", torch.float32].shape == (5, 50)
+    measured(cpu_candidates()[:2])
+    assert baselines.BareProducts.buffers == {}
