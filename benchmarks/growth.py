@@ -165,19 +165,19 @@ def fixed_of(case: Case, *but: str) -> str:
 
 
 def rows(sizes: Sizes, watch: Watch) -> Found:
-    """Against T: seconds, then bytes."""
+    """Against T: bytes, then seconds."""
     is_gpu = watch.device.type == "cuda"
     end = watch.deadline
-    watch.deadline -= 0.5 * watch.left  # the other half is for the bytes
-    times = lines_of(KEYS, 1.0, first=fit_from(1024.0, sizes.rows))
-    with one_code():
-        sweep("T", with_rows(sizes.timed, sizes.rows), "s", times, watch)
-    watch.deadline = end
+    watch.deadline -= 0.5 * watch.left  # the other half is for the seconds
     held = {
         k: Series(k, TITLES[k], 1.0 if k == "naive" else 0.0, first_of(sizes.held, k, is_gpu))
         for k in KEYS
     }
     sweep("T", with_rows(sizes.held, sizes.rows), "bytes", held, watch)
+    watch.deadline = end
+    times = lines_of(KEYS, 1.0, first=fit_from(1024.0, sizes.rows))
+    with one_code():
+        sweep("T", with_rows(sizes.timed, sizes.rows), "s", times, watch)
     kinds = (("s", sizes.timed, times), ("bytes", sizes.held, held))
     seconds, size = (
         sweep_json(
@@ -203,10 +203,10 @@ def along(
     times, held = lines_of(KEYS, expected[0], first), lines_of(KEYS, expected[1])
     end = watch.deadline
     watch.deadline -= 0.5 * watch.left
+    sweep(letter, cases, "bytes", held, watch)
+    watch.deadline = end
     with one_code():
         sweep(letter, cases, "s", times, watch)
-    watch.deadline = end
-    sweep(letter, cases, "bytes", held, watch)
     fixed = fixed_of(case, letter)
     seconds = sweep_json(f"{name}_seconds", x, "s", fixed, times.values())
     size = sweep_json(f"{name}_bytes", x, "bytes", fixed, held.values())

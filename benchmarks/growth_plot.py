@@ -44,7 +44,7 @@ def exponents(report: dict[str, Any]) -> str:
     for sweep in report["sweeps"]:
         for line in sweep["series"]:
             fit = line["fit"]
-            if fit is None or line["key"].endswith("_ideal"):
+            if fit is None:
                 continue
             expected = "-" if line["expected"] is None else f"{line['expected']:g}"
             lines.append(
@@ -129,10 +129,10 @@ def dropped(report: dict[str, Any]) -> list[str]:
     found = [f"- {name}: {reason}" for name, reason in report["dropped"].items()]
     for sweep in report["sweeps"]:
         for line in sweep["series"]:
-            found += [
-                f"- {sweep['title']} {p['x']:g}, {line['title']}: {p['reason']}"
-                for p in line["dropped"]
-            ]
+            reasons = dict.fromkeys(p["reason"] for p in line["dropped"])
+            for reason in reasons:
+                xs = ", ".join(f"{p['x']:g}" for p in line["dropped"] if p["reason"] == reason)
+                found.append(f"- {sweep['title']} {xs}, {line['title']}: {reason}")
     return ["## Not measured", "\n".join(found)] if found else []
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -26,8 +27,8 @@ from .growth_sweeps import Series, sweep_json
 from .machine import ROOT
 
 WORKER = Path(__file__).with_name("rank_worker.py")
-TASK = {"prompt": 16, "completion": 112, "prompts": 4, "samples": 4, "per_rank": 4, "budget": 512}
-ROUNDS, LONGEST = 5, 240.0  # seconds until all ranks are killed
+TASK = {"prompt": 16, "completion": 48, "prompts": 4, "samples": 8, "per_rank": 8, "budget": 512}
+ROUNDS, LONGEST = 3, 240.0  # seconds until all ranks are killed
 GRADIENT_BOUND = 2e-6  # largest error / largest element of a tensor, fp32: sums in another order
 LOSS_BOUND = 1e-6
 TINY = "a decoder of 2 layers, D 128, V 4096, fp32, packed to 512 tokens a micro-batch"
@@ -150,8 +151,9 @@ def rank_sweeps(rows: list[dict]) -> list[dict]:
     fixed = f"training step of {TINY}, one thread a rank, {num_cores()} cores"
     seconds, size = [], []
     for name, text in (("strong", "strong: same batch in all"), ("weak", "weak: same per rank")):
-        line, ideal = Series(name, text, None), Series(f"{name}_ideal", f"{name}, ideal", None)
-        held = Series(name, text, None)
+        line = Series(name, text, -1.0 if name == "strong" else 0.0, last=float(num_cores()))
+        ideal = Series(f"{name}_ideal", f"{name}, reachable", None, first=math.inf)
+        held = Series(name, text, None, first=math.inf)
         for row in rows:
             one, x = row[name], row["ranks"]
             times = one["seconds"]

@@ -43,8 +43,8 @@ def settings_sweep(
     inputs = make_inputs(sizes.fixed, device=watch.device)
     is_gpu, end = watch.device.type == "cuda", watch.deadline
     found = []
-    for unit, expected in (("s", 0.0), ("bytes", 1.0)):
-        watch.deadline = end - (0.5 * watch.left if unit == "s" else 0.0)
+    for unit, expected in (("bytes", 1.0), ("s", 0.0)):
+        watch.deadline = end - (0.5 * watch.left if unit == "bytes" else 0.0)
         lines = {mode: Series(mode, TITLES[mode], expected) for mode in MODES}
         for value in values:
             for mode, line in lines.items():
@@ -78,7 +78,7 @@ def workspace_sweep(sizes: Sizes, watch: Watch, fixed: str) -> Found:
     x = "workspace MiB"
     sweeps = settings_sweep("workspace", x, sizes, watch, sizes.workspace, run_at, fixed)
     case, checks = sizes.fixed, []
-    for line in sweeps[1]["series"]:
+    for line in sweeps[0]["series"]:
         if not line["points"]:
             continue
         allowed = 4 * case.vocab_size * case.dim + row_bytes(case, line["key"]) * case.num_rows

@@ -12,7 +12,7 @@ from crpo_fast.plots import COLOURS, STYLE
 
 WIDTH, PLOT, LEFT, RIGHT, BOTTOM = 540, 250, 70, 20, 52  # pixels; PLOT: height of the drawing area
 TITLE, ROW = 44, 17  # heights of the heading and of a row of the legend
-COLUMNS, GAP, MOST_TICKS = 2, 16, 8
+COLUMNS, GAP, MOST_TICKS, MOST_LETTERS = 2, 16, 8, 86
 MARGIN = 0.04  # of the logarithmic span, on both sides
 LEAST_SPAN = 3.0  # of an axis, largest / smallest
 EXTRA_STYLE = ".fit{fill:none;stroke-width:1.5;stroke-dasharray:5 4}.small{font-size:11px}"
@@ -134,6 +134,11 @@ def describe(sweeps: Sequence[dict[str, Any]]) -> str:
     return " ".join(parts)
 
 
+def shortened(text: str) -> str:
+    """What fits the width of a panel."""
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 4]} ..."
+
+
 def panel_height(sweep: dict[str, Any]) -> float:
     """Pixels."""
     return TITLE + ROW * len(shown(sweep)) + PLOT + BOTTOM
@@ -153,7 +158,7 @@ def panel(sweep: dict[str, Any]) -> Iterator[str]:
     edges = [p[name] for p in points for name in ("low", "high")]
     y_axis = log_axis(edges, top + PLOT, top + 8, base)
     yield f'<text class="title" x="20" y="16">{escape(sweep["title"])}</text>'
-    yield f'<text class="small" x="20" y="33">{escape(sweep["fixed"][:88])}</text>'
+    yield f'<text class="small" x="20" y="33">{escape(shortened(sweep["fixed"]))}</text>'
     for index, line in enumerate(lines):
         y, colour = TITLE + ROW * index + 6, COLOURS[index % len(COLOURS)]
         name = f"{line['title']}: exponent {exponent_text(line['fit'])}"

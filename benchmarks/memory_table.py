@@ -18,7 +18,7 @@ import torch
 from . import against, plot
 from .baselines import Candidate
 from .candidates import loss_candidates, score_candidates
-from .cases import DTYPES, GPU_ROWS, SHAPES, Case, Inputs, with_weights
+from .cases import DTYPES, GPU_ROWS, SHAPES, Case, Inputs
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .growth_sweeps import memory_reason
 from .machine import machine
@@ -26,7 +26,7 @@ from .measure import release
 from .memory import memory_of
 from .options import DEVICES, cases_of, positive
 from .output import RESULTS, positive_seconds, say
-from .planned import KEYS, TITLES, bound_bytes, planned_bytes
+from .planned import KEYS, TITLES, bound_bytes, constant_inputs, planned_bytes
 
 SECONDS = {"cpu": 150.0, "cuda": 300.0}
 PEER_SECONDS = 90.0
@@ -132,12 +132,10 @@ def one_case(case: Case, device: torch.device, options: Any, deadline: float) ->
 
 def plain_inputs(case: Case, device: torch.device) -> Inputs:
     """Inputs of a case with a head of zeros: made at once."""
-    generator = torch.Generator(device).manual_seed(0)
-    hidden = torch.ones(case.num_rows, case.dim, dtype=case.dtype, device=device)
-    weight = torch.zeros(case.vocab_size, case.dim, dtype=case.dtype, device=device)
-    sizes = (case.vocab_size, (case.num_rows,))
-    labels = torch.randint(*sizes, device=device, generator=generator)
-    return with_weights(case, hidden, weight, labels, generator)
+    made = {"dtype": case.dtype, "device": device, "requires_grad": True}
+    hidden = torch.ones(case.num_rows, case.dim, **made)
+    weight = torch.zeros(case.vocab_size, case.dim, **made)
+    return constant_inputs(case, hidden, weight, device)
 
 
 def one_row(

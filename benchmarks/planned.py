@@ -51,7 +51,7 @@ def planned_bytes(
             torch.empty(n, case.dim, dtype=case.dtype, requires_grad=True)
             for n in (case.num_rows, case.vocab_size)
         )
-    inputs = _inputs(case, hidden, weight)
+    inputs = constant_inputs(case, hidden, weight)
     steps: dict[str, Callable[[Inputs], Result]] = {
         "scored": lambda given: _scored(given, backend, workspace_bytes),
         "naive": lambda given: _naive(given, fake),
@@ -65,10 +65,15 @@ def planned_bytes(
     return {"extra_bytes": peak, "output_bytes": outputs, "peak_bytes": beyond}
 
 
-def _inputs(case: Case, hidden: Tensor, weight: Tensor) -> Inputs:
-    """Real vectors beside fake tensors: the code reads labels on the host."""
-    ones = torch.ones(case.num_rows)
-    labels = torch.zeros(case.num_rows, dtype=torch.int64)
+def constant_inputs(
+    case: Case,
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    device: torch.device | str = "cpu",
+) -> Inputs:
+    """Real vectors of constants, also beside fake tensors: the code reads labels on the host."""
+    ones = torch.ones(case.num_rows, device=device)
+    labels = torch.zeros(case.num_rows, dtype=torch.int64, device=device)
     return Inputs(case, hidden, weight, labels, ones, ones.clone(), ones.clone(), ones.clone())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks import growth_ranks, growth_sweeps, log_plot, memory_table
 from benchmarks.__main__ import main
@@ -135,7 +136,7 @@ def test_bytes_of_the_chunk_follow_the_ring(tmp_path):
     command = ["growth", "--only", "chunk", "--chunk", "16", "64", "--at-rows", "512", *SMALL]
     assert main([*command, "--at-vocab", "16384", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "growth_cpu.json").read_text())
-    line = report["sweeps"][1]["series"][0]
+    line = report["sweeps"][0]["series"][0]
     small, large = (point["y"] for point in line["points"])
     # 32 and 128 bf16 rows, and the same scratch
     assert large - small == pytest.approx(96 * 16_384 * 2, rel=0.02)
@@ -204,18 +205,27 @@ def test_the_training_step_over_ranks_and_group_sizes(monkeypatch):
     report, sweeps, checks = growth_ranks.measure_ranks([1, 2], [2, 4], seconds=120)
     assert report["missing"] == {}
     one, two = report["rows"]
-    assert one["strong"]["tokens"] == two["strong"]["tokens"] == 16 * 32
-    assert two["weak"]["tokens"] == 2 * one["weak"]["tokens"] == 8 * 32
+    assert one["strong"]["tokens"] == two["strong"]["tokens"] == 32 * 32
+    assert two["weak"]["tokens"] == 2 * one["weak"]["tokens"] == 16 * 32
     ideal = one["strong"]["seconds"]["median"] / 2 * max(1.0, 2 / growth_ranks.num_cores())
     assert two["strong"]["ideal"] == pytest.approx(ideal)
     assert two["strong"]["peak_bytes"] < one["strong"]["peak_bytes"]
     assert [check["met"] for check in checks] == [True, True]
-    assert two["gradient_error"] > 0  # another order of the sums: other numbers were compared
+    assert two["gradient_error"] <= 2e-6
     names = ["ranks_seconds", "ranks_bytes", "group_seconds", "group_bytes"]
     assert [sweep["name"] for sweep in sweeps] == names
     assert [point["x"] for point in sweeps[2]["series"][0]["points"]] == [2, 4]
     wrong = [one, {**two, "gradient_error": 1e-3}]
     assert [c["met"] for c in growth_ranks.equality_checks(wrong)] == [True, False]
+
+
+def test_gradients_are_compared_tensor_by_tensor(tmp_path):
+    large, small = torch.full((4,), 100.0), torch.full((4,), 1e-3)
+    save_file({"a": large, "b": small}, tmp_path / "gradients_1.safetensors")
+    save_file({"a": large, "b": small * 1.01}, tmp_path / "gradients_2.safetensors")
+    assert growth_ranks.worst_error(tmp_path, 2, 1) == pytest.approx(0.01, rel=1e-3)
+    assert growth_ranks.worst_error(tmp_path, 1, 1) == 0.0
+    assert growth_ranks.worst_error(tmp_path, 4, 1) is None
 
 
 @pytest.mark.multirank
