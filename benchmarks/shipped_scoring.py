@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crpo_kernels.launch_triton import Launch, recording
-from crpo_kernels.linear_tiles import TILES, Tiles, choose_tile
+from crpo_kernels.linear_tiles import TILES, choose_tile
 from crpo_kernels.linear_triton import linear_stats
 from crpo_kernels.row_table import OUTPUTS, SUMS, RowTable
 from crpo_kernels.rows import LogitView
@@ -36,7 +36,8 @@ def scoring_jobs() -> list[Job]:
     """The launches of all targets."""
     jobs = []
     aligned = pairwise({"kind": KINDS, "dim": (1024,), "pitch": (0,), "has_all": (False, True)})
-    chosen = [*aligned, *pairwise(OPTIONS)]
+    least = {"kind": "least", "dim": 1, "pitch": 0, "has_all": True}  # one of everything
+    chosen = [*aligned, *pairwise(OPTIONS), least]
     for target, tiles in TILES.items():
         if target == "interpreter":
             continue
@@ -48,22 +49,23 @@ def scoring_jobs() -> list[Job]:
             is_exact = settings["kind"] == "single"
             jobs += [
                 Job(name, x.kernel, x.arguments, x.meta, is_exact=is_exact, targets=(target,))
-                for x in scoring_launches(target, tiles, **settings)
+                for x in scoring_launches(target, **settings)
             ]
     return jobs
 
 
 def scoring_launches(
     target: str,
-    tiles: Tiles,
     kind: str,
     dim: int,
     pitch: int,
     has_all: bool,
 ) -> list[Launch]:
     """The launches of one call on ``target``; arguments as in OPTIONS."""
-    num_rows = {"few": min(FEW, tiles.few.block_t), "many": ROWS}.get(kind, ODD_ROWS)
+    num_rows = {"few": FEW, "many": ROWS, "least": 1}.get(kind, ODD_ROWS)
     vocab_size = LARGE if pitch == 0 else ODD
+    if kind == "least":
+        vocab_size = 1
     dtype = DTYPES.get(kind, torch.bfloat16)
     with FakeTensorMode(), recording() as launches:
 

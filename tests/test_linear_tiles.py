@@ -86,7 +86,9 @@ def test_what_is_read_an_element_at_a_time_is_scored_by_chunks():
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_gpus_without_eight_bit_products_say_so(target):
-    with pytest.raises(ValueError, match=rf"on {target}, which has no e4m3 products.*head_dtype"):
+    with pytest.raises(
+        ValueError, match=rf"on {target}, for which no tile multiplies e4m3.*head_dtype"
+    ):
         choose_tile(*operands(dtype=FP8), target)
 
 

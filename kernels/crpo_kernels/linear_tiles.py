@@ -53,7 +53,7 @@ class Tiles:
     Attributes:
         many: rows of 16-bit operands.
         few: at most its own ``block_t`` rows of them.
-        fp8: of e4m3 operands, None where the GPU has no such products.
+        fp8: of e4m3 operands, None where the GPU has no such products (or none is made for it).
         single: of fp32 operands, for checking: exact products, which no tensor core makes.
     """
 
@@ -156,8 +156,8 @@ def choose_tile(hidden: Tensor, weight: Tensor, target: str | None = None) -> Ti
     if hidden.element_size() == 1:
         if tiles.fp8 is None:
             raise ValueError(
-                f"hidden: expected bf16, fp16 or fp32 on {target}, which has no e4m3 products, got "
-                f"{hidden.dtype}. Leave head_dtype out."
+                f"hidden: expected bf16, fp16 or fp32 on {target}, for which no tile multiplies "
+                f"e4m3, got {hidden.dtype}. Leave head_dtype out."
             )
         tile = tiles.fp8
     elif hidden.element_size() == 4:

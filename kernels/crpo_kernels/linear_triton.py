@@ -111,7 +111,7 @@ def linear_stats_kernel(
 ):
     """Sums of every row over every split of the vocabulary."""
     row_tiles = tl.cdiv(num_rows, BLOCK_T)
-    vocab_tiles = tl.cdiv(vocab_size, BLOCK_V).to(tl.int64)
+    vocab_tiles = tl.cast(tl.cdiv(vocab_size, BLOCK_V), tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     for item in range(tl.program_id(0), row_tiles * num_splits, tl.num_programs(0)):
         first = item // (group_tiles * num_splits) * group_tiles
