@@ -182,7 +182,7 @@ def check_memory(part: Part, scale: Scale, inputs: Inputs) -> None:
     score(hidden, weight, inputs.labels, view)
     used = torch.cuda.max_memory_allocated(scale.device) - before
     units = torch.cuda.get_device_properties(scale.device).multi_processor_count
-    shape = (*hidden.shape[:1], *weight.shape)
+    shape = (hidden.shape[0], weight.shape[0], weight.shape[1])
     tile = choose_tile(hidden, weight)
     order = choose_order(shape, hidden.element_size(), tile, units)
     bound = (16 * order.num_splits + BYTES_OF_ROW) * hidden.shape[0] + ALLOCATOR

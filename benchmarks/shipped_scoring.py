@@ -7,6 +7,8 @@ multiple of a step, or of no 16 bytes at all.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,10 +35,10 @@ DTYPES = {"fp8": torch.float8_e4m3fn, "single": torch.float32}
 
 
 def scoring_jobs() -> list[Job]:
-    """The launches of all targets."""
+    """The launches of all targets; the least is one row, one column and D = 1."""
     jobs = []
     aligned = pairwise({"kind": KINDS, "dim": (1024,), "pitch": (0,), "has_all": (False, True)})
-    least = {"kind": "least", "dim": 1, "pitch": 0, "has_all": True}  # one of everything
+    least: dict[str, Any] = {"kind": "least", "dim": 1, "pitch": 0, "has_all": True}
     chosen = [*aligned, *pairwise(OPTIONS), least]
     for target, tiles in TILES.items():
         if target == "interpreter":
@@ -45,7 +47,7 @@ def scoring_jobs() -> list[Job]:
             if settings["kind"] == "fp8" and tiles.fp8 is None:
                 continue
             name = f"score {settings['kind']} D{settings['dim']}+{settings['pitch']}"
-            name += " bias softcap temperatures" * settings["has_all"]
+            name += " bias softcap temperatures" * bool(settings["has_all"])
             is_exact = settings["kind"] == "single"
             jobs += [
                 Job(name, x.kernel, x.arguments, x.meta, is_exact=is_exact, targets=(target,))

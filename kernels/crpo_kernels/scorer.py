@@ -84,7 +84,7 @@ def _products_obstacle(sizes: HeadSizes) -> Obstacle | None:
     if TILES[target_of(device)].fp8 is not None:
         return None
     return Obstacle(
-        f"{device_name(sizes.hidden)} has no products of e4m3 with e4m3",
+        f"no tile of the kernel multiplies e4m3 on {device_name(sizes.hidden)}",
         "Pass mode='two_pass', which widens the rows first",
     )
 
