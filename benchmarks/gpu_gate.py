@@ -69,9 +69,10 @@ ENTRIES = {
     "options": Entry(gpu_precision.options, 40),
     "presets": Entry(gpu_precision.presets, 100),
     "table": Entry(gpu_table.table, 240, is_vital=False),
-    "scorers": Entry(gpu_scorers.scorers, 60, is_vital=False),
+    "scorers": Entry(gpu_scorers.scorers, 150, is_vital=False),
     "sweep": Entry(gpu_table.sweep, 90, is_vital=False),
 }
+TUNING = ("scorers", "sweep")  # data, no verdict: only where they are asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=new_file, help="result file; without it nothing is written")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, interpreted, tiny")
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), help="parts to run")
-    parser.add_argument("--sweep", action="store_true", help="also other tiles, warps and chunks")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="also data for tuning: other tiles, warps, chunks, both scorers",
+    )
     parser.add_argument("--gate", action="store_true", help="exit 1 when a time target is missed")
     parser.add_argument(
         "--seconds",
@@ -115,7 +120,7 @@ def run(options: argparse.Namespace, command: str) -> int:
         print(f"gpu-gate: expected the Triton kernels to run on {device}, got: {why}")
         return 2
     scale = rehearsal_scale() if options.rehearse else real_scale(device)
-    names = options.only or [name for name in ENTRIES if name != "sweep" or options.sweep]
+    names = options.only or [name for name in ENTRIES if name not in TUNING or options.sweep]
     report = run_parts(names, scale, options, command)
     print(page(report))
     missed = [t for found in tables(report) for t in found["targets"] if t["met"] is False]

@@ -165,10 +165,10 @@ def _loss_choice(session: Session) -> tuple[str, str]:
 
 
 def _scoring(session: Session) -> str:
-    """The same for reference and old logprobs and the probes, which need no gradients."""
+    """Who makes reference and old logprobs and the probes', which need no gradients, and why."""
     config = session.config
     weight = session.policy.model.get_output_embeddings().weight
-    choice, passes = explain_choice(
+    choice, _ = explain_choice(
         num_rows=config.train.token_budget,
         vocab_size=weight.shape[0],
         hidden_size=weight.shape[1],
@@ -179,7 +179,7 @@ def _scoring(session: Session) -> str:
         **scoring_options(config),
     )
     head = "" if config.train.score_head == "full" else f"; head in {config.train.score_head}"
-    return f"{choice}; {passes}{head}"
+    return f"{choice.partition('), scoring ')[2]}{head}"  # the backend is that of the loss
 
 
 def _rollouts(config: Config) -> str:

@@ -306,7 +306,7 @@ def test_a_run_on_a_terminal(tmp_path: Path) -> None:
     assert any(re.match(r"sft 2/2 +loss", x) for x in lines)
     assert any(re.match(r"crpo 2/2 +reward", x) for x in lines)
     first_screen = text[: text.index("warning: ")].split("\r\n")[:-1]
-    assert len(first_screen) <= 20
+    assert len(first_screen) <= 21
     live = [x for x in lines if re.match(r"(sft|crpo) \d/2|load ", x)]
     assert max(map(len, live)) <= 80
     assert not COLOUR.search(text)

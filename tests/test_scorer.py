@@ -99,7 +99,7 @@ def test_on_a_cpu_the_chunk_loop_scores_and_says_why(caplog):
     for _ in range(2):
         call(problem)
     expected = (
-        "backend torch, scoring by chunks of logits: the fused kernel belongs to the backend triton"
+        "backend torch, scoring by chunks of logits: the fused kernel needs the backend triton"
     )
     assert [m for m in caplog.messages if "scoring" in m] == [expected]
     asked = {"num_rows": 64, "vocab_size": 700, "hidden_size": 16, "is_scoring": True}

@@ -116,7 +116,7 @@ def choose_scorer(
     if mode != "auto":
         return ScorerChoice("chunks", f"mode {mode} was asked for")
     if sizes.backend != "triton":  # why, stands beside it
-        return ScorerChoice("chunks", "the fused kernel belongs to the backend triton")
+        return ScorerChoice("chunks", "the fused kernel needs the backend triton")
     if obstacle is not None:
         return ScorerChoice("chunks", obstacle.reason)
     return cheaper_scorer(sizes)
