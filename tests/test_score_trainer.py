@@ -107,6 +107,18 @@ def test_the_errors_of_an_eight_bit_head(step: RealStep) -> None:
     assert score_head.sentence(nothing) == ""
 
 
+def test_a_rank_without_a_row_has_no_errors() -> None:
+    none = torch.zeros(0)
+    found = score_head.exact_differences(
+        none, torch.zeros(0, 4), torch.randn(5, 4), none.long(), temperature=1.0
+    )
+    assert found.shape == (0,)
+    score_head.add_errors(sums := Sums(), {"ref_errors": found})
+    metrics = sums.means()
+    score_head.finish_errors(metrics)
+    assert metrics == {"score_head/rms": None, "score_head/max": None}
+
+
 def run(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     more = ["--phases.0.steps", "1", "--phases.1.steps", "2", "--checkpoint.every", "0"]
     assert train.main([TINY, "--run.dir", str(folder), *more, *arguments]) == 0

@@ -25,7 +25,8 @@ from .products import is_wide, product
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 LEAST_SCALE = 2.0**-100  # of a row of zeros
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 24}  # divided at once, in fp32: a cache; 64 MiB
+CACHED_ELEMENTS = 1 << 19  # divided at once on a CPU, in fp32: 2 MiB
+BLOCK_ELEMENTS = 1 << 24  # elsewhere, where a launch costs more: 64 MiB
 
 
 class Quantised(NamedTuple):
@@ -64,7 +65,7 @@ def quantised(tensor: Tensor) -> Quantised:  # of [N, D]
         torch.empty_like(tensor, dtype=FLOAT8, memory_format=torch.contiguous_format),
         tensor.new_empty(tensor.shape[0], dtype=torch.float32),
     )
-    elements = BLOCK_ELEMENTS["cpu" if tensor.device.type == "cpu" else "other"]
+    elements = BLOCK_ELEMENTS if is_wide(tensor) else CACHED_ELEMENTS
     for rows in blocks(tensor.shape[0], elements // max(1, tensor.shape[1])):
         part = tensor[rows]  # [b, D]
         low, high = part.aminmax(dim=1)
