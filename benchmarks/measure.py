@@ -224,6 +224,12 @@ def summarized(case: Case, candidates: list[Candidate], found: Measurements) -> 
     if floors:
         best = max(min(found.times[floors[0].key]["warm"]), SHORTEST)
         rate = case.product_flops * floors[0].num_products / best / 1e12
+    rows = [found.row(candidate, case) for candidate in candidates]
+    return {**sizes_of(case), "product_tflops": rate, "rows": rows}
+
+
+def sizes_of(case: Case) -> dict:
+    """What a CASE says of its shape."""
     return {
         "name": case.shape,
         "case": case.name,
@@ -232,8 +238,6 @@ def summarized(case: Case, candidates: list[Candidate], found: Measurements) -> 
         "dim": case.dim,
         "dtype": str(case.dtype).removeprefix("torch."),
         "inputs": case.inputs,
-        "product_tflops": rate,
-        "rows": [found.row(candidate, case) for candidate in candidates],
     }
 
 

@@ -15,8 +15,9 @@ from . import against, loss_plot, plot
 from .baselines import Candidate
 from .cases import DTYPES, Case, Inputs
 from .clock import Clock
+from .deadline import LATE, OutOfTime
 from .machine import machine
-from .measure import measure, release
+from .measure import measure, release, sizes_of
 from .options import cases_of, device_of, refusal, rounds_of, seconds_of
 from .output import say
 
@@ -77,19 +78,29 @@ def measure_cases(
         first = FIRST_SHARE if place == 0 else 1.0
         end = until if others == 0 else until - left * others / (others + first)
         chosen = wanted(candidates(case), options.only)
-        found = measure(
-            case,
-            chosen,
-            Clock(device),
-            rounds_of(options),
-            until=end,
-            make=make,
-        )
+        found = {**sizes_of(case), "missing": LATE, "rows": []}
+        if left > 0:
+            found = unless_stopped(
+                case,
+                lambda c=case, e=end, m=make, x=chosen: measure(
+                    c, x, Clock(device), rounds_of(options), until=e, make=m
+                ),
+            )
         report["cases"].append(found)
-        report["targets"] += targets(found, report["machine"])
+        if "missing" not in found:
+            report["targets"] += targets(found, report["machine"])
         release(device)
         say(f"{case.shape}: done after {time.monotonic() - begin:.0f} s")
     return {**report, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def unless_stopped(case: Case, run: Callable[[], dict]) -> dict:
+    """A measured case, or a case without rows where a limit of time around the command stops it."""
+    try:
+        return run()
+    except OutOfTime as reason:  # what the other cases found must not be lost
+        say(f"{case.shape}: {reason}")
+        return {**sizes_of(case), "missing": str(reason), "rows": []}
 
 
 def cases_with_inputs(

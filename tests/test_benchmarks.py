@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import time
@@ -11,12 +12,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import baselines, loss_plot
+from benchmarks import baselines, loss, loss_plot, plot, suite
 from benchmarks.__main__ import main
 from benchmarks.candidates import all_gradients, cpu_candidates, frozen_head, scoring
 from benchmarks.cases import Case, make_inputs
 from benchmarks.clock import Clock
-from benchmarks.deadline import LATE
+from benchmarks.deadline import LATE, at_most_seconds
 from benchmarks.gpu_targets import gpu_targets, target_state
 from benchmarks.loss import cpu_targets
 from benchmarks.measure import Measurements, measure
@@ -356,3 +357,32 @@ def test_bare_products_are_the_three_of_a_head_and_share_their_buffers():
     assert two.buffers["logits", torch.float32].shape == (5, 50)
     measured(cpu_candidates()[:2])
     assert baselines.BareProducts.buffers == {}
+
+
+def test_what_a_limit_around_the_command_stops_costs_a_case_and_no_file(tmp_path, monkeypatch):
+    words = ["loss", "--shape", "ragged", "qwen3.5", "--rows", "8", "--vocab", "60", "--dim", "16"]
+    real, calls = suite.measure, []
+
+    def stalls(case, *rest, **options):
+        calls.append(case.shape)
+        if len(calls) == 2:
+            time.sleep(30)
+        return real(case, *rest, **options)
+
+    monkeypatch.setattr(suite, "measure", stalls)
+    parser = argparse.ArgumentParser()
+    loss.add_arguments(parser)
+    options = parser.parse_args([*words[1:], "--only", "one_pass", "--threads", "1"])
+    with at_most_seconds(5.0):
+        report = loss.measure_loss(options, time.monotonic() + 100)
+    first, second = report["cases"]
+    assert [row["key"] for row in first["rows"] if "missing" not in row] == [
+        *("products", "one_pass", "naive"),
+    ]
+    assert (second["name"], second["missing"]) == ("qwen3.5", "stopped after 5 s")
+    assert {target["case"] for target in report["targets"]} == {"ragged"}
+    report = loss.measure_loss(options, time.monotonic())
+    assert [case["missing"] for case in report["cases"]] == [LATE, LATE]
+    for made in plot.write({**report, "command": "c"}, tmp_path / "loss_cpu"):
+        assert made.read_text() != ""
+    assert LATE in (tmp_path / "loss_cpu.md").read_text()
