@@ -117,6 +117,7 @@ class Run:
         return kinds.index(True) if True in kinds else 0
 
     def _end_phase(self, phase: Phase) -> None:
+        timing.enter("")
         # a run that starts from another run's checkpoint has no end of that phase of its own
         if not self.progress.is_phase_end or self.saver.saved_step != self.progress.step:
             self.progress = replace(self.progress, is_phase_end=True)
@@ -203,7 +204,8 @@ class Run:
         failure = ""
         if self.session.world.is_main:
             try:
-                write_results(self, after, weights)
+                with timing.timer("save"):
+                    write_results(self, after, weights)
             except (OSError, SafetensorError) as error:
                 failure = f"{self.folder.path}: the results could not be written ({error})"
         failure = distributed.all_gather(failure, self.session.world)[0]
@@ -237,6 +239,7 @@ class Phase:
             self._probe(self._first)
             self._evaluate(self._first)
         self.run.reporter.begin(self.line.begin(self._first))
+        timing.enter(timing.COLD_START if self.config.algorithm == "sft" else "")
         timing.lap()  # the first step's seconds begin here
         for step in range(self._first, self.length):
             timing.begin_step(self.run.progress.step + 1)

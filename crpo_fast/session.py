@@ -30,6 +30,7 @@ from crpo_fast.task import (
     check_written,
     load_rows,
 )
+from crpo_fast.timing import timer
 from crpo_kernels import choose_backend, explain_choice, unsupported_reason
 
 ENGINES = {"hf": HFEngine, "static": StaticEngine}
@@ -51,10 +52,11 @@ class Session:
     def reference(self) -> Policy:
         """A frozen copy of the policy as it is now, in the compute dtype."""
         dtype = DTYPES[self.config.model.compute_dtype]
-        copy = policies.create(
-            self.build_model().to(dtype), self.world, compute_dtype=dtype, trainable=False
-        )
-        policies.copy_weights(self.policy, copy)
+        with timer("model"):
+            copy = policies.create(
+                self.build_model().to(dtype), self.world, compute_dtype=dtype, trainable=False
+            )
+            policies.copy_weights(self.policy, copy)
         return copy
 
     def sampling(self) -> SamplingParams:
@@ -186,16 +188,17 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
     check_scoring(config, world.device)
     with distributed.main_first(world):
         rows = load_rows(config, run_dir, write=world.is_main)
-        build_model, tokenizer = _source(config, world, rows, run_dir)
-    compute_dtype = DTYPES[config.model.compute_dtype]
-    model = build_model()
-    policy = policies.create(
-        model,
-        world,
-        compute_dtype=compute_dtype,
-        activation_checkpointing=config.model.activation_checkpointing,
-        freeze_head=config.model.freeze_head,
-    )
+        with timer("tokenizer"):
+            build_model, tokenizer = _source(config, world, rows, run_dir)
+    with timer("model"):
+        model = build_model()
+        policy = policies.create(
+            model,
+            world,
+            compute_dtype=DTYPES[config.model.compute_dtype],
+            activation_checkpointing=config.model.activation_checkpointing,
+            freeze_head=config.model.freeze_head,
+        )
     check_workspace(config, model, world.device)
     task = build_task(config, rows, tokenizer, scorer)
     check_prompts(task)

@@ -26,9 +26,31 @@ PARTS = {
     "probes": "probes",
     "load": "other",
     "exchange": "other",  # counts and metrics of all ranks
+    "tokenizer": "other",
+    "model": "other",
+    "report": "other",
 }
 NAMES = tuple(dict.fromkeys(PARTS.values()))  # every part once, "other" last
 IDLE = "between two parts"
+
+# activity -> part of a whole run; what is not here is "other"
+RUN_PARTS = {
+    "load": "data",
+    "tokenizer": "tokenizer",
+    "model": "model",
+    "generation": "rollout",
+    "reward": "reward",
+    "forward": "train",
+    "backward": "train",
+    "optimizer": "train",
+    "evaluation": "evaluation",
+    "probes": "evaluation",
+    "save": "checkpoints",
+    "report": "report",
+}
+START, COLD_START = "start-up", "cold start"  # scopes: they take what has no part, or trains
+RUN_NAMES = (START, "tokenizer", "model", "data", COLD_START, "rollout", "reward", "train",
+             "evaluation", "checkpoints", "report", "other")  # fmt: skip
 
 
 class Stopwatch:
@@ -45,6 +67,8 @@ class Stopwatch:
         self.detail = ""  # how far the activity is, for people
         self.step = 0  # of the run; for messages
         self._seconds = dict.fromkeys(NAMES, 0.0)
+        self._of_run = dict.fromkeys(RUN_NAMES, 0.0)
+        self._scope = START
         self._mark = self._entered = clock()
 
     @property
@@ -89,10 +113,26 @@ class Stopwatch:
         self._seconds = dict.fromkeys(NAMES, 0.0)
         return seconds
 
+    def enter(self, scope: str) -> None:
+        """From here on ``scope`` has the run's seconds of no part, and those that train; "": none.
+
+        Before the first call it is ``START``.
+        """
+        self._charge()
+        self._scope = scope
+
+    def run_seconds(self) -> dict[str, float]:
+        """Seconds of each of ``RUN_NAMES`` since the watch was made; they add up to all of them."""
+        self._charge()
+        return dict(self._of_run)
+
     def _charge(self) -> None:
-        now = self._clock()
-        part = PARTS[self._running[-1]] if self._running else "other"
-        self._seconds[part] += now - self._mark
+        now, activity = self._clock(), self.activity
+        self._seconds[PARTS.get(activity, "other")] += now - self._mark
+        part = RUN_PARTS.get(activity, "other")
+        if self._scope and part in ("other", "train"):
+            part = self._scope
+        self._of_run[part] += now - self._mark
         self._mark = now
 
 
@@ -132,6 +172,16 @@ def exchange() -> Iterator[None]:
         return
     with _PROCESS.timer("exchange"):
         yield
+
+
+def enter(scope: str) -> None:
+    """See ``Stopwatch.enter``."""
+    _PROCESS.enter(scope)
+
+
+def run_seconds() -> dict[str, float]:
+    """Seconds of this process since this module was imported, by part of a run."""
+    return _PROCESS.run_seconds()
 
 
 def seconds_in_activity() -> float:

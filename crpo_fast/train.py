@@ -32,7 +32,9 @@ from crpo_fast import (  # noqa: E402
     run_folder,
     screen,
     session,
+    timing,
     trackers,
+    wall,
 )
 from crpo_fast.batch import Row  # noqa: E402
 from crpo_fast.checkpoint import CheckpointError, SaveError  # noqa: E402
@@ -199,7 +201,8 @@ def run(config: Config, world: World, reporter: Reporter, scorer: Scorer, last: 
     life = _build(config, world, opened, reporter, stop, started, scorer)
     last.callback(life.session.engine.close)
     if world.is_main:
-        last.callback(report.write_at_end, opened.folder.path, reporter.closing)
+        last.callback(wall.finish, opened.folder, reporter)  # after the report
+        last.callback(_report, opened.folder.path, reporter)
     last.callback(life.trackers.close)
     try:
         train(life)
@@ -208,6 +211,11 @@ def run(config: Config, world: World, reporter: Reporter, scorer: Scorer, last: 
             f"stopped by {reason}; saved. The {same_command(config)} continues: "
             f"--run.dir {opened.folder.path}"
         )
+
+
+def _report(path: Path, reporter: Reporter) -> None:
+    with timer("report"):
+        report.write_at_end(path, reporter.closing)
 
 
 def _build(
@@ -221,6 +229,7 @@ def _build(
 ) -> Run:
     folder = opened.folder
     reporter.start()
+    timing.enter("")
     with timer("load"):
         built = session.build(config, world, folder.path, scorer)
     if world.is_main:

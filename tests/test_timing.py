@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crpo_fast import distributed, timing, train
+from crpo_fast import distributed, timing, train, wall
 from crpo_fast.distributed import World
 from crpo_fast.experience import Experience
 from crpo_fast.metrics import Sums
@@ -18,6 +18,7 @@ from crpo_fast.timing import IDLE, NAMES, Stopwatch, rates
 from crpo_fast.updates import UpdatePlan
 from crpo_fast.watch import tokens_and_seconds
 
+IMPORTED = time.monotonic()
 TINY = str(Path(__file__).with_name("tiny.toml"))
 
 
@@ -133,3 +134,55 @@ def test_trained_tokens_are_those_of_all_updates_and_of_no_masked_completion(
     found = tokens_and_seconds(Experience(sequences, Sums()), world, passes)
     assert found["tokens"] == 13  # with the prompt of the masked one
     assert found["tokens_per_second/train"] * found["seconds/train"] == pytest.approx(2 * 8)
+
+
+def test_the_parts_of_a_run_sum_to_its_seconds_and_a_scope_takes_what_has_no_part() -> None:
+    clock = Clock()
+    watch = Stopwatch(clock)
+    clock.now += 1  # imports
+    watch.enter("")
+    with watch.timer("load"):
+        clock.now += 2
+        with watch.timer("tokenizer"):
+            clock.now += 4
+    watch.enter(timing.COLD_START)
+    with watch.timer("forward"):
+        clock.now += 8
+    clock.now += 16  # sequences, logs
+    with watch.timer("save"):
+        clock.now += 32
+    watch.enter("")
+    with watch.timer("backward"):
+        clock.now += 64
+    with watch.timer("sync"):
+        clock.now += 128
+    expected = {timing.START: 1, "data": 2, "tokenizer": 4, timing.COLD_START: 24}
+    expected |= {"checkpoints": 32, "train": 64, "other": 128}
+    assert watch.run_seconds() == {name: expected.get(name, 0) for name in timing.RUN_NAMES}
+    assert sum(watch.run_seconds().values()) == clock.now - 100
+    watch.lap()
+    assert sum(watch.run_seconds().values()) == clock.now - 100, "a lap forgets nothing of the run"
+
+
+def test_every_activity_has_a_part_of_the_run_or_is_other() -> None:
+    assert set(timing.RUN_PARTS) <= set(timing.PARTS)
+    assert set(timing.RUN_PARTS.values()) < set(timing.RUN_NAMES)
+
+
+def test_what_came_before_the_imports_is_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {**dict.fromkeys(timing.RUN_NAMES, 0.0), timing.START: 2.0, "train": 8.0}
+    monkeypatch.setattr(timing, "run_seconds", lambda: dict(seconds))
+    found = wall.measured(before=13.5)
+    assert found["parts"][timing.START] == 5.5
+    assert found["seconds"] == sum(found["parts"].values()) == 13.5
+    assert wall.line(found) == "wall time 13.5 s: train 8.0, start-up 5.5"
+    assert wall.measured(before=0.0)["seconds"] == 10.0, "unknown: the imports of this process"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux says when it began")
+def test_a_process_knows_how_long_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    first, begin = wall.seconds_before(), time.monotonic()
+    assert first >= begin - IMPORTED - 0.02, "older than this module; ticks of 10 ms"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert wall.seconds_before() >= first, "torchrun is older than what it starts"
