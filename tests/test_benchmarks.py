@@ -386,3 +386,23 @@ def test_what_a_limit_around_the_command_stops_costs_a_case_and_no_file(tmp_path
     for made in plot.write({**report, "command": "c"}, tmp_path / "loss_cpu"):
         assert made.read_text() != ""
     assert LATE in (tmp_path / "loss_cpu.md").read_text()
+
+
+def test_a_wrong_peer_is_marked_in_its_row_and_nan_is_no_number_of_the_file():
+    def scaled(inputs):
+        got = baselines.naive(inputs)
+        return replace(got, d_weight=1.5 * got.d_weight)
+
+    def lost(inputs):
+        got = baselines.naive(inputs)
+        return replace(got, entropy=got.entropy * float("nan"))
+
+    floor, ours = cpu_candidates()[:2]
+    wrong = baselines.Candidate("wrong", "a wrong peer", scaled)
+    rows = measured([floor, ours, wrong, replace(wrong, key="nan", step=lost)])
+    assert rows["one_pass"]["wrong"] == ""
+    assert rows["wrong"]["wrong"].startswith("d_weight")
+    assert "limit" in rows["wrong"]["wrong"]
+    assert rows["nan"]["wrong"] == "entropy: not finite"
+    assert rows["nan"]["errors"]["entropy"] == {"max": None, "rms": None}
+    json.dumps(list(rows.values()), allow_nan=False)
