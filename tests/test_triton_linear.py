@@ -74,6 +74,14 @@ def test_any_size(shape, device):
         assert_stats(table, truth_of(rows), NATS)
 
 
+def test_a_label_alone_on_an_edge_is_found(device):
+    """One row, whose label is the first or the last column of a half tile, of a tile, of all."""
+    hidden, weight, rows = make(1, 70, 16, device)
+    for label in (0, 15, 16, 31, 32, 47, 48, 63, 64, 69):
+        rows.labels[0] = label
+        assert_stats(run(hidden, weight, rows, num_splits=2), truth_of(rows), NATS)
+
+
 @pytest.mark.parametrize("options", [(), ("bias", "softcap", "tokens")], ids=["plain", "all"])
 def test_splits_of_the_vocabulary_are_equal(options, device):
     hidden, weight, rows = make(19, 150, 24, device, options=options)
