@@ -68,7 +68,7 @@ ENTRIES = {
     "scoring": Entry(gpu_scoring.scoring, 60),
     "options": Entry(gpu_precision.options, 40),
     "presets": Entry(gpu_precision.presets, 100),
-    "table": Entry(gpu_table.table, 240, is_vital=False),
+    "table": Entry(gpu_table.table, 180, is_vital=False),
     "scorers": Entry(gpu_scorers.scorers, 150, is_vital=False),
     "sweep": Entry(gpu_table.sweep, 90, is_vital=False),
 }
