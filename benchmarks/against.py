@@ -195,8 +195,8 @@ def columns(new: Row, old: Row, rows: Row, olds: Row, *, same: bool) -> list[str
     if "missing" in new or "missing" in old:
         states = [row.get("missing", "measured") for row in (old, new)]
         return [f"{states[0]}, {states[1]}".replace("|", "/"), "-", "-", "-"]
-    sizes = [row.get("peak_bytes") for row in (old, new)]
-    memory = "-" if None in sizes else ", ".join(map(mebibytes, sizes))
+    sizes = [row["peak_bytes"] for row in (old, new) if row.get("peak_bytes") is not None]
+    memory = ", ".join(map(mebibytes, sizes)) if len(sizes) == 2 else "-"
     if "seconds" not in old or "seconds" not in new:
         return ["-", "-", "-", memory]
     pairs = [relative(old, olds), relative(new, rows)]
@@ -213,7 +213,7 @@ def columns(new: Row, old: Row, rows: Row, olds: Row, *, same: bool) -> list[str
 
 def relative(row: Row, rows: Row) -> Row | None:
     """Median and band of a row over its floor's median, None without a floor or seconds."""
-    floor = rows.get(row.get("floor"), {"missing": ""})
+    floor = rows.get(row.get("floor", ""), {"missing": ""})
     if "missing" in floor or "seconds" not in row:
         return None
     unit = floor["seconds"]["warm"]["median"]
@@ -236,8 +236,8 @@ def regressions(new: Row, old: Row, rows: Row, olds: Row, *, same: bool) -> Iter
         first, second = (row["seconds"]["warm"] for row in (old, new))
     if first is not None and second is not None and is_slower(second, first):
         yield f"slower: x{second['median'] / first['median']:.2f}, limit x{SLOWER}"
-    sizes = [row.get("peak_bytes") for row in (old, new)]
-    if None not in sizes and sizes[1] > MORE * sizes[0]:
+    sizes = [row["peak_bytes"] for row in (old, new) if row.get("peak_bytes") is not None]
+    if len(sizes) == 2 and sizes[1] > MORE * sizes[0]:
         yield f"more memory: {mebibytes(sizes[0])} to {mebibytes(sizes[1])} MiB, limit x{MORE}"
     yield from larger_errors(new, old)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import plot
+from . import against, plot
 from .deadline import OutOfTime, at_most_seconds
 from .loss_plot import markdown
 from .machine import machine
@@ -46,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=positive_seconds, default=SECONDS, help=f"in all (default {SECONDS:g})"
     )
+    parser.add_argument(
+        "--against",
+        type=against.old_report,
+        nargs="+",
+        default=[],
+        metavar="OLD.json",
+        help="earlier files: each is compared with the part of its kind",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files")
 
 
@@ -66,7 +74,7 @@ def run(options: argparse.Namespace, command: str) -> int:
         say(f"== {name}: {states[name]['state']} in {states[name]['seconds']} s")
         gc.collect()
     where = machine(torch.device(options.device))
-    report = {"command": command, "kind": "all", "machine": where, "parts": states}
+    report: dict[str, Any] = {"command": command, "kind": "all", "machine": where, "parts": states}
     report["seconds"] = round(time.monotonic() - begin, 1)
     write_json(options.out / f"all_{options.device}.json", report)
     print(summary(report))
@@ -77,6 +85,7 @@ def run_part(name: str, options: argparse.Namespace, command: str, seconds: floa
     """One part and its files; what breaks it off is in what is returned."""
     begin, threads = time.monotonic(), torch.get_num_threads()
     state: dict[str, Any] = {"state": "done", "why": "", "files": []}
+    worst = 0
     try:
         if seconds <= 0:
             raise OutOfTime("no time was left")
@@ -87,6 +96,11 @@ def run_part(name: str, options: argparse.Namespace, command: str, seconds: floa
             )
         files = plot.write({**report, "command": command}, options.out / f"{name}_{options.device}")
         state["files"] = [file.name for file in files]
+        for old in options.against:
+            if old.get("kind") == report["kind"]:
+                worst = max(worst, against.check(report, old))
+        if worst:
+            state |= {"state": "FAILED", "why": f"--against: status {worst}, see above"}
     except OutOfTime as reason:
         state |= {"state": "FAILED", "why": f"out of time: {reason}"}
     except Exception as reason:

@@ -330,14 +330,16 @@ def readme_block(report: Row, stem: str) -> str:
     """The block of the README: the first shape in full, a line for each of the others."""
     first, *others = report["cases"]
     folder = "benchmarks/results"
-    parts = [headline(report), f"{first['name']}, {first['case']}. {inputs_of(first)}"]
+    parts: list[str] = [headline(report)]
+    parts.append(f"{first['name']}, {first['case']}. {inputs_of(first)}")
     parts += [table(first), f"![Bars of {first['name']}, with floor]({folder}/{stem}.svg)"]
     if others:
         text = (
             f"The other shapes ([tables]({folder}/{stem}.md), [bars]({folder}/{stem}_shapes.svg)):"
         )
         parts += [text, overview(others)]
-    return "\n\n".join(filter(None, [*parts, target_table(report["targets"]), method(report)]))
+    parts += [target_table(report["targets"]), method(report)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def csv_rows(report: Row) -> list[Row]:

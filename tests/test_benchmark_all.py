@@ -129,6 +129,23 @@ def test_parts_can_be_chosen(parts: Callable[..., list[Any]], tmp_path: Path) ->
     assert calls_of(calls) == ["score"]
 
 
+def test_parts_are_compared_with_earlier_files(
+    parts: Callable[..., list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts(loss=made("loss"), score=made("score"))
+    old = report_cases.report("score")
+    old["cases"][0]["rows"][1]["peak_bytes"] //= 2
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(old))
+    assert main(["all", "--out", str(tmp_path), "--against", str(file)]) == 1
+    said = capsys.readouterr().out
+    assert "more memory: 160 to 320 MiB" in said
+    assert "FAILED: score in" in said
+    old["cases"][0]["rows"][1]["peak_bytes"] *= 2
+    file.write_text(json.dumps(old))
+    assert main(["all", "--out", str(tmp_path), "--against", str(file)]) == 0
+
+
 def test_help_is_no_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
