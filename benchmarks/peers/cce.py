@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ class CutCrossEntropy:
 
 def candidates(*, has_gradients: bool) -> list[Candidate]:
     """The three implementations, with gradients or without."""
-    on_gpu = Needs(DISTRIBUTION, linear_cross_entropy, device="cuda", dtypes=HALVES)
     anywhere = Needs(DISTRIBUTION, linear_cross_entropy, generates_code=True)
+    on_gpu = replace(anywhere, device="cuda", dtypes=HALVES)  # tries tiles at its first call
     kinds = [
         ("cce_exact", "cut-cross-entropy exact", exact, on_gpu, ""),
         ("cce", "cut-cross-entropy filtered", filtered, on_gpu, "; small gradients left out"),

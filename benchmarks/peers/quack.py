@@ -16,6 +16,7 @@ HOPPER = ((9, 0), (10, 0), (10, 3), (11, 0), (12, 0))
 NEEDS = {
     "device": "cuda",
     "capability": HOPPER,
+    "generates_code": True,  # and tries tiles
     "dtypes": (torch.bfloat16, torch.float16),
     "multiples": {"num_rows": 8, "vocab_size": 8, "dim": 8},
 }
