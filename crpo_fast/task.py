@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from crpo_fast.prompts import build_prompt, encode_completion, fixed_length
 from crpo_fast.reward_pool import InProcessRewards, RewardPool, Scorer
 from crpo_fast.scoring import classify
 from crpo_fast.stages import Stage, StageGrammar
+
+_MOST_MADE = 16_384  # cold-start sequences that are kept; some KB each
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Task:
     match: str
     balance: str
     max_failed: float  # samples of a rollout, all ranks together
+    # cold-start sequences that were made: a later epoch does not tokenise them again
+    made: dict[int, tuple[Row, Sequence]] = field(default_factory=dict, repr=False, compare=False)
 
     def prompt(self, row: Row) -> tuple[list[int], int]:
         """(prompt ids ending in the prefill, tokens cut off the post)."""
@@ -126,8 +130,14 @@ class Task:
 
     def written(self, row: Row) -> Sequence:
         """The cold-start sequence of a row with a written completion."""
+        found = self.made.get(id(row))
+        if found is not None and found[0] is row:
+            return found[1]
         ids = encode_completion(self.written_text(row), self.tokenizer)
-        return Sequence(self.prompt(row)[0], ids, self.grammar.stage_ids(ids, self.tokenizer))
+        sequence = Sequence(self.prompt(row)[0], ids, self.grammar.stage_ids(ids, self.tokenizer))
+        if len(self.made) < _MOST_MADE:
+            self.made[id(row)] = (row, sequence)
+        return sequence
 
     def written_text(self, row: Row) -> str:
         """The written completion of a cold-start row."""
@@ -280,6 +290,12 @@ def check_written(task: Task, token_budget: int) -> None:
         )
 
 
+@lru_cache(maxsize=4)  # this epoch's and the next one's, for each of two streams
+def _shuffled(num_rows: int, seed: str) -> tuple[int, ...]:
+    """All row indices; every step of an epoch reads from the same shuffle."""
+    return tuple(random.Random(seed).sample(range(num_rows), num_rows))
+
+
 def order(num_rows: int, seed: int, first: int, count: int) -> list[int]:
     """``count`` row indices from position ``first`` of an endless stream of shuffled epochs.
 
@@ -288,7 +304,7 @@ def order(num_rows: int, seed: int, first: int, count: int) -> list[int]:
     indices: list[int] = []
     while len(indices) < count:
         epoch, offset = divmod(first + len(indices), num_rows)
-        permutation = random.Random(f"{seed}/{epoch}").sample(range(num_rows), num_rows)
+        permutation = _shuffled(num_rows, f"{seed}/{epoch}")
         indices += permutation[offset : offset + count - len(indices)]
     return indices
 

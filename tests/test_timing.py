@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from crpo_fast import distributed, timing, train, wall
+from crpo_fast import distributed, task, timing, train, wall
+from crpo_fast.batch import Row
 from crpo_fast.distributed import World
 from crpo_fast.experience import Experience
 from crpo_fast.metrics import Sums
@@ -186,3 +189,33 @@ def test_a_process_knows_how_long_it_has_run(monkeypatch: pytest.MonkeyPatch) ->
     assert first >= begin - IMPORTED - 0.02, "older than this module; ticks of 10 ms"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert wall.seconds_before() >= first, "torchrun is older than what it starts"
+
+
+def test_a_cold_start_row_is_tokenised_once_and_rows_are_shuffled_once_an_epoch() -> None:
+    rows = [Row("a", "yes", stages={"x": "1"}), Row("b", "no", stages={"x": "2"})]
+    made: list[str] = []
+
+    class Grammar:
+        prefill = ""
+
+        def render(self, stages: dict[str, str], label: str) -> str:
+            made.append(label)
+            return label
+
+        def stage_ids(self, ids: list[int], _tokenizer: object) -> list[int]:
+            return [-1] * len(ids)
+
+    names = {f.name: None for f in dataclasses.fields(task.Task) if f.name != "made"}
+    built = task.Task(**{**names, "grammar": Grammar()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "encode_completion", lambda text, _: [len(text)])
+        patch.setattr(task.Task, "prompt", lambda _, row: ([ord(row.text)], 0))
+        first = [built.written(row) for row in rows]
+        again = [built.written(row) for row in rows]
+    assert made == ["yes", "no"]
+    assert [s.completion_ids for s in again] == [[3], [2]]
+    assert all(a is b for a, b in zip(first, again, strict=True))
+    whole = task.order(10, 7, 0, 10)
+    assert task.order(10, 7, 4, 9) == [*whole[4:], *task.order(10, 7, 10, 3)]
+    shuffled = random.Random("7/0").sample(range(10), 10)
+    assert whole == shuffled, "as a run of an earlier version had them"
