@@ -125,8 +125,7 @@ def measure(
         if candidate.key in found.missing:
             continue
         left = until - time.monotonic() - reserve(candidates, found)
-        least = LEAST_FLOORS * min(found.expected.values(), default=0.0)
-        if left < least:
+        if left < LEAST_FLOORS * min(found.expected.values(), default=0.0):
             found.missing[candidate.key] = LATE
             say(f"{candidate.title}: {LATE}")
             continue
