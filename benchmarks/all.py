@@ -35,7 +35,8 @@ SHARES = {  # of the time
     "step": 0.20,
 }
 SECONDS = 560.0  # of the ten minutes; the rest is the start, and what is under way at the end
-GRACE = 15.0  # seconds after its deadline when a part is broken off
+GRACE = 15.0  # seconds after the end of all when a part is broken off with its results
+OVERRUN = 1.5  # times its share, and GRACE, when that happens to the others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,8 @@ def run(options: argparse.Namespace, command: str) -> int:
         left = options.seconds - (time.monotonic() - begin)
         seconds = left * SHARES[name] / sum(SHARES[other] for other in names[number:])
         say(f"== {name}: at most {seconds:.0f} s")
-        states[name] = run_part(name, options, command, seconds)
+        most = min(OVERRUN * seconds, left) + GRACE
+        states[name] = run_part(name, options, command, (seconds, most))
         say(f"== {name}: {states[name]['state']} in {states[name]['seconds']} s")
         gc.collect()
     where = machine(torch.device(options.device))
@@ -81,8 +83,18 @@ def run(options: argparse.Namespace, command: str) -> int:
     return 1 if any(state["state"] != "done" for state in states.values()) else 0
 
 
-def run_part(name: str, options: argparse.Namespace, command: str, seconds: float) -> dict:
-    """One part and its files; what breaks it off is in what is returned."""
+def run_part(
+    name: str, options: argparse.Namespace, command: str, limits: tuple[float, float]
+) -> dict:
+    """One part and its files; what breaks it off is in what is returned.
+
+    Args:
+        name: of the part.
+        options: of `all`.
+        command: as typed.
+        limits: seconds after which the part begins nothing, and those after which it is broken off.
+    """
+    seconds, most = limits
     begin, threads = time.monotonic(), torch.get_num_threads()
     state: dict[str, Any] = {"state": "done", "why": "", "files": []}
     worst = 0
@@ -90,7 +102,7 @@ def run_part(name: str, options: argparse.Namespace, command: str, seconds: floa
         if seconds <= 0:
             raise OutOfTime("no time was left")
         module = importlib.import_module(f".{name}", __package__)
-        with at_most_seconds(seconds + GRACE):
+        with at_most_seconds(most):
             report = getattr(module, f"measure_{name}")(
                 options_of(module, options), begin + seconds
             )

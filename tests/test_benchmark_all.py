@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import time
 import types
@@ -15,7 +16,8 @@ import pytest
 
 import report_cases
 from benchmarks import all as everything
-from benchmarks.__main__ import main
+from benchmarks import plot
+from benchmarks.__main__ import COMMANDS, main
 
 Measure = Callable[[argparse.Namespace, float], dict[str, Any]]
 
@@ -72,6 +74,18 @@ def test_every_part_of_the_issue_has_a_share() -> None:
     assert list(everything.SHARES) == ["loss", "score", "memory", "growth", "rollout", "step"]
     assert sum(everything.SHARES.values()) == pytest.approx(1)
     assert everything.SECONDS + everything.GRACE < 590  # seconds of ten minutes
+
+
+@pytest.mark.parametrize("name", everything.SHARES)
+def test_every_part_takes_options_and_a_deadline(name: str, tmp_path: Path) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    asked = argparse.Namespace(device="cpu", threads=1, out=tmp_path)
+    options = everything.options_of(module, asked)
+    assert (options.device, options.out) == ("cpu", tmp_path)
+    assert name in COMMANDS
+    assert name in plot.DRAWERS
+    names = list(inspect.signature(getattr(module, f"measure_{name}")).parameters)
+    assert names == ["options", "deadline"]
 
 
 def test_options_without_a_command_run_all_and_write_the_files(
