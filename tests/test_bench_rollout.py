@@ -118,6 +118,19 @@ def test_what_comes_too_late_is_dropped_with_the_reason(folder: Path) -> None:
     ET.fromstring(drawn.svg(report))
 
 
+def test_a_case_that_goes_on_after_its_time_is_dropped_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rollout, "GRACE", 0.05)
+    monkeypatch.setattr(rollout, "measure_case", lambda *_: time.sleep(5))
+    case = RolloutCase("slow", 1, 1, 4, 4)
+    begin = time.monotonic()
+    found = rollout.bounded(case, None, ["static", "hf"], 1, begin + 0.05)
+    assert time.monotonic() - begin < 2
+    assert [row["missing"] for row in found["rows"]] == ["dropped for lack of time"] * 2
+    assert found["name"] == "slow"
+
+
 def test_speeds_are_tokens_of_a_round_over_its_own_seconds() -> None:
     case = RolloutCase("x", 2, 4, 10, 5)
     found = rollout.speeds([(1.0, 3.0), (2.0, 4.0), (1.0, 2.0)], [28, 18, 12], 20, case)
