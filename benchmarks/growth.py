@@ -43,14 +43,14 @@ from .output import RESULTS, positive_seconds, say
 from .planned import KEYS, TITLES, planned_bytes
 
 SECONDS = {"cpu": 150.0, "cuda": 240.0}
-SHARES = {  # of the time, of those parts that are left
-    "planned": 2.0,
-    "ranks": 4.0,
-    "rows": 8.0,
-    "vocab": 3.0,
-    "dim": 3.0,
-    "workspace": 1.5,
-    "chunk": 1.5,
+SHARES = {  # of the time, of those parts that are left; what a part does not need goes on
+    "planned": 8.0,
+    "ranks": 8.0,
+    "rows": 12.0,
+    "vocab": 4.0,
+    "dim": 4.0,
+    "workspace": 2.0,
+    "chunk": 2.0,
 }
 PLANNED = Case(0, 131_072, 4096, torch.bfloat16)
 PLANNED_ROWS = (256, 1024, 4096, 8192, 16_384, 32_768, 65_536)
@@ -135,8 +135,8 @@ def planned(sizes: Sizes, watch: Watch) -> Found:
             if watch.left <= 0:
                 line.dropped.append({"x": rows, "reason": LATE})
                 continue
-            extra = planned_bytes(sized, key)["extra_bytes"]
-            line.points.append({"x": rows, **held_point(sized, key, extra, is_gpu=True)})
+            sizes_ = planned_bytes(sized, key)
+            line.points.append({"x": rows, **held_point(sized, key, sizes_, is_gpu=True)})
     note = (
         "Planned on fake tensors, not measured: the bytes that the code asks for on a GPU whose "
         "memory is free."

@@ -35,8 +35,9 @@ def settings_sweep(
     values: Sequence[float],
     run_at: Callable[[str, float], tuple[Candidate, contextlib.AbstractContextManager]],
     fixed: str,
+    first: float = 0.0,
 ) -> list[dict]:
-    """Seconds and bytes of both modes against a setting.
+    """Bytes and seconds of both modes against a setting; bytes are fitted from ``first`` on.
 
     ``run_at(mode, value)`` gives the candidate and what must hold around its call.
     """
@@ -45,7 +46,8 @@ def settings_sweep(
     found = []
     for unit, expected in (("bytes", 1.0), ("s", 0.0)):
         watch.deadline = end - (0.5 * watch.left if unit == "bytes" else 0.0)
-        lines = {mode: Series(mode, TITLES[mode], expected) for mode in MODES}
+        begin_at = first if unit == "bytes" else 0.0
+        lines = {mode: Series(mode, TITLES[mode], expected, begin_at) for mode in MODES}
         for value in values:
             for mode, line in lines.items():
                 reason = late_reason(line, value, watch)
@@ -99,5 +101,6 @@ def chunk_sweep(sizes: Sizes, watch: Watch, fixed: str) -> Found:
     def run_at(mode: str, rows: float) -> tuple[Candidate, contextlib.AbstractContextManager]:
         return Candidate(mode, TITLES[mode], fused(mode)), ring_of(int(rows))
 
-    sweeps = settings_sweep("chunk", "rows of a chunk", sizes, watch, sizes.chunk, run_at, fixed)
+    x, first = "rows of a chunk", float(sizes.chunk[-2:][0])  # below, blocks of scratch weigh more
+    sweeps = settings_sweep("chunk", x, sizes, watch, sizes.chunk, run_at, fixed, min(512.0, first))
     return sweeps, []

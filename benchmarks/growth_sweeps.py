@@ -224,15 +224,16 @@ def held(candidate: Candidate, inputs: Inputs, case: Case, *, is_gpu: bool) -> d
     """Bytes of one step: what it holds beyond the gradients, all of it, and the bound of all."""
     if is_gpu:
         candidate.step(inputs)  # libraries allocate their own at the first call
-    extra = memory_of(candidate, inputs)["extra_bytes"]
-    return held_point(case, candidate.key, extra, is_gpu=is_gpu)
+    return held_point(case, candidate.key, memory_of(candidate, inputs), is_gpu=is_gpu)
 
 
-def held_point(case: Case, key: str, extra: int, *, is_gpu: bool) -> dict[str, int]:
-    """A point of a sweep of bytes."""
+def held_point(case: Case, key: str, sizes: dict[str, int], *, is_gpu: bool) -> dict[str, int]:
+    """A point of a sweep of bytes; plain torch's peak may come before its gradients exist."""
+    extra = sizes["extra_bytes"]
     item, rows = case.dtype.itemsize, case.num_rows
     outputs = 0 if key == "scored" else item * case.dim * (rows + case.vocab_size)
     rest = max(1, extra - outputs - copy_bytes(case, key) * rows)
+    rest = max(1, sizes["peak_bytes"]) if key == "naive" else rest
     found = {"y": rest, "low": rest, "high": rest, "extra_bytes": extra, "output_bytes": outputs}
     return found if key == "naive" else {**found, "bound": bound_bytes(case, key, is_gpu=is_gpu)}
 
