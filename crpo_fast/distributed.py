@@ -208,17 +208,23 @@ def shard(
     An untied head is one unit with the final norm and keeps its weights after forward; a tied head
     stays in the root unit with the embedding. ``methods`` are forwards besides ``forward`` that
     must unshard the root.
+
+    A rank alone that computes in the masters' dtype stays as it is: FSDP would copy every weight
+    in every forward and backward, and every gradient, for nothing.
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
     params = next(model.parameters())
+    if world.size == 1 and compute_dtype == params.dtype:
+        return
+    mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy()
     if compute_dtype != params.dtype:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=params.dtype)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    reshards = world.size > 1
     for block in model.base_model.layers:
-        _unit(block, True, mesh=mesh, mp_policy=policy)
+        _unit(block, reshards, mesh=mesh, mp_policy=policy)
     if head.weight is not embedding.weight:
-        _unit(embedding, True, mesh=mesh, mp_policy=policy)
+        _unit(embedding, reshards, mesh=mesh, mp_policy=policy)
         fully_shard(
             [model.base_model.norm, head], mesh=mesh, mp_policy=policy, reshard_after_forward=False
         )
@@ -269,6 +275,8 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
     """Reduce gradients in the next backward (on the last micro-batch only)."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
+        if dist.get_world_size() == 1:
+            model.set_reshard_after_backward(on)
 
 
 def wait_for_device(world: World) -> None:
