@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import math
 import multiprocessing
 import tempfile
 import time
@@ -261,28 +262,28 @@ def rounds(workers: list[Worker], steps: int, deadline: float | None) -> None:
     After the deadline only our own trainer still gets what it lacks, one round at least; one that
     has no round by then is dropped with that reason.
     """
+    limit = math.inf if deadline is None else deadline
 
     def is_late() -> bool:
-        return deadline is not None and time.monotonic() > deadline
+        return time.monotonic() > limit
 
-    for request in ("gradients", "memory", "time"):  # the last one warm: compiles what memory kept
-        for worker in workers:
-            if is_late() and worker.key != "ours":
-                worker.drop(LATE)
-            answer = worker.ask(request)
-            if request == "gradients":
-                worker.gradients = answer
-            elif request == "memory":
-                worker.memory = answer.get("memory", {})
+    def ask(worker: Worker, request: str) -> dict[str, Any]:
+        if is_late() and worker.key != "ours" and not worker.answers:
+            worker.drop(LATE)
+        return worker.ask(request)
+
+    for worker in workers:
+        worker.gradients = ask(worker, "gradients")
+    for worker in workers:
+        worker.memory = ask(worker, "memory").get("memory", {})
+    for worker in workers:
+        ask(worker, "time")  # warm: what the counter of bytes kept from being compiled
     for turn in range(steps):
         if turn and is_late():
             say(f"step: only {turn} rounds ({LATE})")
             break
         for worker in workers:
-            if is_late() and worker.key != "ours" and not worker.answers:
-                worker.drop(LATE)
-            answer = worker.ask("time")
-            if answer:
+            if answer := ask(worker, "time"):
                 worker.answers.append(answer)
                 say(f"step, round {turn + 1}: {TITLES[worker.key][0]}: {answer['seconds']:.3f} s")
 

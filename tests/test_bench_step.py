@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import plot, step_plot
+from benchmarks import plot, step, step_plot
 from benchmarks.__main__ import main
+from benchmarks.step import Worker
 from benchmarks.step_case import StepCase, distribution, make_sequences, model_config
 from benchmarks.step_flops import forward_flops, step_flops
 from benchmarks.step_parts import OVERHEAD, PARTS, Timeline, overhead
@@ -207,6 +208,36 @@ def test_flops_of_a_step() -> None:
     flops = step_flops(config, found, has_reference=True)
     assert flops == {"training": 3 * expected, "reference": expected}
     assert step_flops(config, found, has_reference=False)["reference"] == 0
+
+
+class FakeWorker(Worker):
+    """Answers at once; every request takes ten seconds of a fake clock."""
+
+    def __init__(self, key: str, clock: list[float]) -> None:
+        self.key, self.failure, self.clock, self.asked = key, "", clock, []
+        self.answers, self.memory, self.gradients = [], {}, {}
+
+    def ask(self, request: str) -> dict[str, Any]:
+        if self.failure:
+            return {}
+        self.asked.append(request)
+        self.clock[0] += 10
+        return {**answer(10.0), "memory": {"peak": 1}}
+
+
+@pytest.mark.parametrize(
+    ("deadline", "ours", "theirs"), [(None, 5, 5), (70, 1, 1), (85, 2, 2), (55, 1, 0), (5, 1, 0)]
+)
+def test_what_is_late_is_dropped_with_the_reason(
+    deadline: Any, ours: int, theirs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(step.time, "monotonic", lambda: clock[0])
+    workers = [FakeWorker("ours", clock), FakeWorker("trl", clock)]
+    step.rounds(workers, 5, deadline)
+    assert [len(worker.answers) for worker in workers] == [ours, theirs]
+    assert workers[0].failure == ""
+    assert workers[1].failure == ("" if theirs else "dropped for lack of time")
 
 
 def read(path: Path) -> dict[str, Any]:
