@@ -263,29 +263,27 @@ def rounds(workers: list[Worker], steps: int, deadline: float | None) -> None:
     has no round by then is dropped with that reason.
     """
     limit = math.inf if deadline is None else deadline
-
-    def is_late() -> bool:
-        return time.monotonic() > limit
-
-    def ask(worker: Worker, request: str) -> dict[str, Any]:
-        if is_late() and worker.key != "ours" and not worker.answers:
-            worker.drop(LATE)
-        return worker.ask(request)
-
     for worker in workers:
-        worker.gradients = ask(worker, "gradients")
+        worker.gradients = ask(worker, "gradients", limit)
     for worker in workers:
-        worker.memory = ask(worker, "memory").get("memory", {})
+        worker.memory = ask(worker, "memory", limit).get("memory", {})
     for worker in workers:
-        ask(worker, "time")  # warm: what the counter of bytes kept from being compiled
+        ask(worker, "time", limit)  # warm: what the counter of bytes kept from being compiled
     for turn in range(steps):
-        if turn and is_late():
+        if turn and time.monotonic() > limit:
             say(f"step: only {turn} rounds ({LATE})")
             break
         for worker in workers:
-            if answer := ask(worker, "time"):
+            if answer := ask(worker, "time", limit):
                 worker.answers.append(answer)
                 say(f"step, round {turn + 1}: {TITLES[worker.key][0]}: {answer['seconds']:.3f} s")
+
+
+def ask(worker: Worker, request: str, limit: float) -> dict[str, Any]:
+    """One step, unless it would be too late for another's first round."""
+    if time.monotonic() > limit and worker.key != "ours" and not worker.answers:
+        worker.drop(LATE)
+    return worker.ask(request)
 
 
 def report_of(
