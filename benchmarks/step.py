@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     if problem:
         print(problem)
         return 2
-    report = {"command": command, **measure_step(options, None)}
+    report: dict[str, Any] = {"command": command, **measure_step(options, None)}
     files = plot.write(report, options.out / f"step_{options.device}")
     print(step_plot.page(report))
     print("written:", *files)

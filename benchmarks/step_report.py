@@ -88,7 +88,7 @@ def agreement(first: dict[str, dict[str, Any]], dtype: str) -> list[dict[str, An
             share = math.sqrt(square / max(float(b.square().sum()), 1e-300))
             if share > worst:
                 worst, worst_name = share, name
-        row = {
+        row: dict[str, Any] = {
             "key": key,
             "loss": [ours["loss"], theirs["loss"]],
             "grad_norm": [ours["grad_norm"], theirs["grad_norm"]],

@@ -50,7 +50,8 @@ class Steps:
 
     def __init__(self, connection: Connection, device: torch.device, timeline: Timeline) -> None:
         self._connection, self._device, self._timeline = connection, device, timeline
-        self._request, self._counter = "", None
+        self._request = ""
+        self._counter: StepBytes | None = None
         self._gradients: dict[str, Tensor] = {}
 
     def knows(
@@ -69,11 +70,11 @@ class Steps:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         elif self._request == "memory":
-            self._counter = StepBytes()
-            self._counter.add(self._parameters.values(), "weights, sharded")
-            self._counter.add(self._state(), "optimizer")
-            self._counter.add(self._frozen, "KL reference")
-            self._counter.__enter__()
+            self._counter = counter = StepBytes()
+            counter.add(self._parameters.values(), "weights, sharded")
+            counter.add(self._state(), "optimizer")
+            counter.add(self._frozen, "KL reference")
+            counter.__enter__()
         self._begun = time.perf_counter()
         self._timeline.start()
         return True
@@ -87,7 +88,7 @@ class Steps:
         """The step is done: answer."""
         parts = self._timeline.stop()
         seconds = time.perf_counter() - self._begun
-        answer = {"seconds": seconds, "parts": parts}
+        answer: dict[str, Any] = {"seconds": seconds, "parts": parts}
         answer |= {name: float(value) for name, value in values.items()}
         if self._request == "memory":
             answer["memory"] = self._memory()
