@@ -210,7 +210,8 @@ def shard(
     must unshard the root.
 
     A rank alone that computes in the masters' dtype stays as it is: FSDP would copy every weight
-    in every forward and backward, and every gradient, for nothing.
+    in every forward and backward, and every gradient, for nothing. One that casts keeps what it
+    has cast until the step's last backward: to drop it would only mean to cast again.
     """
     params = next(model.parameters())
     if world.size == 1 and compute_dtype == params.dtype:
@@ -272,7 +273,10 @@ def gathered(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def set_gradient_sync(model: nn.Module, on: bool) -> None:
-    """Reduce gradients in the next backward (on the last micro-batch only)."""
+    """Reduce gradients in the next backward (on the last micro-batch only).
+
+    One rank alone also keeps its cast weights for the next micro-batch until then.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
         if dist.get_world_size() == 1:
