@@ -20,7 +20,7 @@ from crpo_fast.advantages import group_advantages
 from crpo_fast.packing import Sequence
 
 SIGMA = 0.6  # of the logarithm of a completion's length
-REFERENCE_NOISE = 0.05  # of a tensor's standard deviation
+REFERENCE_NOISE = 0.5  # of a tensor's standard deviation
 NUM_STAGES = 5  # of the measured loop: metrics by stage, all coefficients 0
 QWEN3 = {
     "num_key_value_heads": 8,

@@ -163,7 +163,7 @@ def first_step(scale: float = 1.0, **changes: Any) -> dict[str, Any]:
     [
         (first_step(), 0.0, True),
         (first_step(1.25), 0.2, False),
-        (first_step(loss=1.01), 0.0, False),
+        (first_step(loss=1.0001), 0.0, False),
         (first_step(grad_norm=2.1), 0.0, False),
         (first_step(gradients={"a": torch.tensor([3.0, 4.0])}), 0.0, False),
     ],
