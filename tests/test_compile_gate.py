@@ -254,7 +254,10 @@ def test_a_launch_of_one_target_is_compiled_for_no_other(monkeypatch):
 def test_exact_products_need_no_tensor_cores():
     report = replace(REPORT, has_dot=True)
     assert problems(report, Job("c", None, {})) == ["tl.dot became scalar code, not mma.sync"]
-    assert problems(report, Job("c", None, {}, is_exact=True)) == []
+    exact = Job("c", None, {}, is_exact=True)
+    assert problems(report, exact) == []
+    assert problems(replace(report, stack_bytes=16), exact) == []
+    assert "spills" in problems(replace(report, stack_bytes=24), exact)[0]
 
 
 REPORT = Report("k", "c", "sm_80", registers=32, load_bytes=(16, 16))
