@@ -163,8 +163,9 @@ def one_row(
     except (Exception, OutOfTime) as reason:
         if not is_guarded:
             raise
-        say(f"{candidate.title} cannot run: {reason}")
-        return {**row, "missing": f"{type(reason).__name__}: {str(reason)[:200]}"}
+        words = (str(reason).splitlines() or ["no message"])[0][:200]
+        say(f"{candidate.title} cannot run: {words}")
+        return {**row, "missing": f"{type(reason).__name__}: {words}"}
     say(f"{candidate.title}: {sizes['peak_bytes'] / 2**20:.1f} MiB beyond inputs and outputs")
     return {**row, **sizes, **bounded(candidate.key, case, sizes["extra_bytes"], is_gpu=is_gpu)}
 
