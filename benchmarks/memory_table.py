@@ -22,7 +22,7 @@ from .cases import DTYPES, GPU_ROWS, SHAPES, Case, Inputs
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .growth_sweeps import memory_reason
 from .machine import machine
-from .measure import release
+from .measure import HIDDEN, release
 from .memory import memory_of
 from .options import DEVICES, cases_of, positive
 from .output import RESULTS, positive_seconds, say
@@ -166,6 +166,8 @@ def one_row(
         words = (str(reason).splitlines() or ["no message"])[0][:200]
         say(f"{candidate.title} cannot run: {words}")
         return {**row, "missing": f"{type(reason).__name__}: {words}"}
+    if not sizes["peak_bytes"]:
+        return {**row, "missing": HIDDEN}
     say(f"{candidate.title}: {sizes['peak_bytes'] / 2**20:.1f} MiB beyond inputs and outputs")
     return {**row, **sizes, **bounded(candidate.key, case, sizes["extra_bytes"], is_gpu=is_gpu)}
 
