@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,8 @@ from .peers import loss_peers, score_peers
 
 PRODUCTS = {1: "one bare product", 2: "two bare products", 3: "three bare products"}
 PLAIN_NOTE = "fp32 logits of all tokens, autograd"
+PLAIN_BYTES = 24  # of plain torch for each logit, at its peak
+MEMINFO = Path("/proc/meminfo")
 EAGER = "the same as one pass at this size, whose row passes are not compiled here"
 
 LOOP = "the same as scoring: on a CPU there is no other way than the chunk loop"
@@ -40,11 +43,23 @@ def loss_candidates(case: Case, device: torch.device, backends: Sequence[str]) -
         made = cpu_candidates(first)
         is_eager = "" if generates_code(case, device) else EAGER
         made = [replace(c, obstacle=is_eager) if c.key == "one_pass_eager" else c for c in made]
+        made = [replace(c, obstacle=too_large(case)) if c.key == "naive" else c for c in made]
     else:
         has_fp32_out = case.dtype != torch.float32
         made = all_gradients(first, has_fp32_out=has_fp32_out)
         made += frozen_head(first, has_fp32_out=has_fp32_out)
     return made + [c for other in others for c in named_after(other, fused_candidates(other))]
+
+
+def too_large(case: Case) -> str:
+    """Why plain torch would not fit the free memory of a CPU, or ""."""
+    if not MEMINFO.exists():
+        return ""
+    free = 1024 * int(MEMINFO.read_text("utf-8").split("MemAvailable:")[1].split()[0])
+    needed = PLAIN_BYTES * case.num_rows * case.vocab_size
+    if needed <= free:
+        return ""
+    return f"needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
 def score_candidates(case: Case, device: torch.device, backends: Sequence[str]) -> list[Candidate]:

@@ -33,7 +33,7 @@ PEER_SECONDS = 90.0
 BOUNDS = {  # keys of ours -> whose bound
     "one_pass": "one_pass",
     "two_pass": "two_pass",
-    "recompute": "two_pass",
+    "recompute": "recompute",
     "scored": "scored",
     "scored_fused": "scored",
 }

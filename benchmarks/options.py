@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,9 @@ def add_case_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument("--rows", type=positive, help="rows T: a shape of one's own, or of --shape")
     parser.add_argument("--vocab", type=positive, help="vocabulary V, in the same way")
     parser.add_argument("--dim", type=positive, help="hidden size D, in the same way")
+    parser.add_argument(
+        "--sizes", nargs="+", type=sizes, help="T,V,D of several shapes of one's own"
+    )
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16"])
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="of ours; else the usual")
     parser.add_argument("--inputs", type=Path, help="transformers folder: values of this model")
@@ -41,6 +45,33 @@ def add_case_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
     parser.add_argument("--threads", type=positive, default=2, help="torch threads (default 2)")
     parser.add_argument("--gate", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--name", type=word, help="added to the names of the result files")
+
+
+def sizes(text: str) -> tuple[int, int, int]:
+    """T,V,D from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: not three whole numbers above 0.
+    """
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected T,V,D (rows, vocabulary, hidden size), got {text!r}. Write 2048,151936,1024."
+        )
+    rows, vocab, dim = map(int, parts)
+    return rows, vocab, dim
+
+
+def word(text: str) -> str:
+    """A part of a file's name from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: anything but letters, digits, - and _.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"expected letters, digits, - or _, got {text!r}.")
+    return text
 
 
 def positive(text: str) -> int:
@@ -65,6 +96,12 @@ def refusal(options: argparse.Namespace) -> str | None:
         why = unsupported_reason(backend, options.device, DTYPES[dtype])
         if why is not None:
             return f"--backend: expected one that runs here, got {backend}: {why}. Type auto."
+    own = (options.shape, options.rows, options.vocab, options.dim, options.inputs)
+    if options.sizes and any(own):
+        return (
+            "--sizes: expected no --shape, --rows, --vocab, --dim or --inputs beside it, got both. "
+            "Leave them away."
+        )
     if options.inputs is None:
         return None
     if options.shape or options.vocab or options.dim:
@@ -82,8 +119,14 @@ def refusal(options: argparse.Namespace) -> str | None:
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """The cases that the options mean, but for --inputs."""
-    sizes = {"num_rows": options.rows, "vocab_size": options.vocab, "dim": options.dim}
-    given = {name: size for name, size in sizes.items() if size}
+    if getattr(options, "sizes", None):  # memory has no such option
+        return [
+            Case(*size, DTYPES[dtype], shape=f"T{size[0]} V{size[1]} D{size[2]}")
+            for size in options.sizes
+            for dtype in options.dtype
+        ]
+    asked = {"num_rows": options.rows, "vocab_size": options.vocab, "dim": options.dim}
+    given = {name: size for name, size in asked.items() if size}
     names = options.shape or (["qwen3-0.6b"] if given else list(SHAPES))
     if given and not options.shape:
         given["shape"] = "own"

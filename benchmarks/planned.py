@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import crpo_kernels as ck
 from crpo_kernels.plan import BYTES_OF_VECTORS
 
-from .baselines import Result, gradients, naive, policy_arguments
+from .baselines import FEWEST_ROWS, Result, gradients, naive, policy_arguments
 from .cases import Case, Inputs
 from .memory import LiveBytes
 
@@ -133,6 +133,8 @@ def bound_bytes(case: Case, key: str, *, is_gpu: bool) -> int:
     if key == "scored":
         return min(ring, 4 * rows * vocab) + SCRATCH + few
     outputs = item * (rows * dim + vocab * dim)
+    if key == "recompute":  # a workspace that keeps nothing, hence chunks and a sum of d_weight
+        return max(rows, FEWEST_ROWS) * vocab + head + outputs + SCRATCH + few
     kept = 4 * dim // item + (2048 if is_gpu else 0)  # rows of dZ for one product d_weight
     is_summed = rows > (kept if is_gpu else max(kept, 4096 // item))
     factors = min(rows, 2048 if is_gpu and is_summed else kept) * vocab * item

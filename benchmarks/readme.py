@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import dual, gpu_gate, plot, quickstart
+from . import dual, gpu_gate, loss_plot, plot, quickstart
 from .output import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +105,10 @@ def _run(name: str) -> str:
     )
 
 
+TARGETS = (  # of the loss on a CPU, as the README's block wants them
+    "loss --device cpu --sizes 2048,151936,1024 512,151936,1024 8192,151936,1024 2048,49152,576 "
+    "512,49152,576 8192,49152,576 --only one_pass two_pass --rounds 3 --seconds 900 --name targets"
+)
 MEASURED = {  # blocks that a command of the same name fills, with the picture's words
     "loss": "Milliseconds of each candidate, with the floor",
     "score": "Milliseconds of scoring without gradients, with the floor",
@@ -126,6 +130,15 @@ def measured_block(name: str, device: str = "cpu") -> str:
     text = without_title(module.page(report))
     picture = f"benchmarks/results/{stem}.svg"
     return text if picture in text else f"{text}\n\n![{MEASURED[name]}]({picture})"
+
+
+def targets_block() -> str:
+    """The shapes with a limit over the bare products on a CPU: a line each, and the limits."""
+    report = load("loss_cpu_targets")
+    if report is None:
+        return f"{NOT_MEASURED} `python -m benchmarks {TARGETS}` makes this part."
+    parts = [loss_plot.headline(report), loss_plot.overview(report["cases"])]
+    return "\n\n".join([*parts, loss_plot.target_table(report["targets"])])
 
 
 def without_title(page: str) -> str:
@@ -152,6 +165,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "dual": dual_block,
     "smollm2": smollm2_block,
     **{name: partial(measured_block, name) for name in MEASURED},
+    "targets": targets_block,
     "gpu": gpu_block,
 }
 

@@ -72,7 +72,7 @@ class Ours:
         timeline.watch_backward()
         timeline.watch_blocks(model.base_model)
         timeline.wrap(model, "policy_forward", "blocks_forward")
-        timeline.wrap(policy.Policy, "logprobs", "reference")
+        timeline.wrap(policy.Policy, "score", "reference")
         timeline.wrap(self.optimizer, "step", "optimizer")
         timeline.wrap(self.optimizer, "zero_grad", "optimizer")
         timeline.wrap(distributed, "clip_grad_norm", "optimizer")

@@ -72,7 +72,7 @@ def test_the_command_writes_json_table_and_plot(tmp_path, monkeypatch, capsys):
 
 def test_gate_fails_when_a_target_is_missed(tmp_path, monkeypatch):
     fast = {"text": "t", "limit": 1.0, "value": 2.0, "met": False}
-    monkeypatch.setattr("benchmarks.loss.cpu_targets", lambda rows: [fast])
+    monkeypatch.setattr("benchmarks.loss.cpu_targets", lambda rows, num_rows: [fast])
     only = ["--only", "one_pass", "--out", str(tmp_path)]
     assert main([*TINY, *only]) == 0
     assert main([*TINY, *only, "--gate"]) == 1
@@ -96,13 +96,14 @@ def test_targets_compare_what_the_issue_says():
         "liger": row(2.0, 100, 1.0, "peer"),
         "trl": {"title": "x", "missing": "no"},
     }
-    got = {c["text"]: (c["limit"], c["value"], c["met"]) for c in cpu_targets(rows)}
+    got = {c["text"]: (c["limit"], c["value"], c["met"]) for c in cpu_targets(rows, 512)}
     assert got == {
         "one pass / three products": (1.5, 1.6, False),
         "one pass / plain torch, time": (1.0, 0.3, True),
         "one pass / plain torch, peak memory": (0.333, 0.25, True),
         "one pass / x, time": (1.0, 1.5, False),
     }
+    assert [c["text"] for c in cpu_targets(rows, 511)] == list(got)[1:]
 
 
 @pytest.mark.parametrize("key", ["one_pass", "two_pass", "one_pass_eager"])
