@@ -24,7 +24,8 @@ from . import against, plot
 from .deadline import OutOfTime, at_most_seconds
 from .loss_plot import markdown
 from .machine import machine
-from .output import RESULTS, positive_seconds, say, write_json
+from .options import absent_device
+from .output import RESULTS, positive, positive_seconds, say, write_json
 
 SHARES = {  # of the time
     "loss": 0.34,
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=list(SHARES), help="parts to run")
-    parser.add_argument("--threads", type=int, help="torch threads (default: of each command)")
+    parser.add_argument("--threads", type=positive, help="torch threads (default: of each command)")
     parser.add_argument(
         "--seconds", type=positive_seconds, default=SECONDS, help=f"in all (default {SECONDS:g})"
     )
@@ -60,9 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Run the parts, write their files and a summary; 1 when a part failed."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        message = "--device: expected cpu, got cuda, but torch sees no CUDA device here."
-        print(f"{message} Type --device cpu, or run it on a machine with a GPU.")
+    if reason := absent_device(options.device):
+        print(reason)
         return 2
     begin = time.monotonic()
     names = [name for name in SHARES if options.only is None or name in options.only]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from .machine import device_name
+
 Row = dict[str, Any]
 BAR, GAP, LABEL, TAIL, WIDTH = 16, 7, 300, 240, 960
 HEAD, PANEL = 66, 34  # above the first panel; above the bars of each
@@ -41,23 +43,37 @@ def svg_of_shapes(report: Row) -> str | None:
 
 def document(report: Row, cases: list[Row]) -> str:
     """A picture with a panel for each of ``cases``."""
-    machine = report["machine"]
-    device = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
-    y, panels = HEAD, []
+    y, panels = HEAD, legend()
     for case in cases:
         panels += panel(case, y)
         y += PANEL + max(1, len(case.get("rows", ()))) * (BAR + GAP)
     title = f"{report['kind']}: ms, % of floor, peak MiB beyond inputs and outputs"
+    return framed(report["machine"], title, panels, y + 8, patterns=HATCH)
+
+
+def framed(
+    machine: Row, title: str, body: list[str], height: float, *, more: str = "", patterns: str = ""
+) -> str:
+    """A picture of WIDTH x ``height`` pixels: a heading, where and when, and what is in ``body``.
+
+    Args:
+        machine: of the report.
+        title: the heading.
+        body: elements below it.
+        height: pixels.
+        more: words after the date.
+        patterns: definitions that the body uses.
+    """
+    device = device_name(machine)
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 8}" role="img">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" role="img">',
             f"<title>{escape(title)}; {escape(device)}</title>",
-            f"<style>{STYLE}</style>{HATCH}",
-            f'<rect class="page" width="{WIDTH}" height="{y + 8}"/>',
+            f"<style>{STYLE}</style>{patterns}",
+            f'<rect class="page" width="{WIDTH}" height="{height:g}"/>',
             text(16, 24, title, 'class="title"'),
-            text(16, 43, f"{device}, {machine['date']}", 'class="quiet"'),
-            *legend(),
-            *panels,
+            text(16, 43, f"{device}, {machine['date']}{more}", 'class="quiet"'),
+            *body,
             "</svg>",
             "",
         ]

@@ -24,7 +24,7 @@ from crpo_kernels.support import MIN_TRITON, release, triton_version
 
 from . import farm
 from .compile_report import TARGETS, Job, Report, row_of, table
-from .output import new_file, positive_seconds, write_json
+from .output import new_file, positive, positive_seconds, write_json
 
 SHIPPED = "benchmarks.shipped_calls:shipped_jobs"
 
@@ -45,18 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launches", default=SHIPPED, help="module:function that lists what to compile"
     )
-
-
-def positive(text: str) -> int:
-    """A number of processes from the command line.
-
-    Raises:
-        argparse.ArgumentTypeError: not a positive whole number.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        message = f"expected a positive whole number, got {text!r}. Write --jobs 2."
-        raise argparse.ArgumentTypeError(message)
-    return int(text)
 
 
 def usable_cores() -> int:

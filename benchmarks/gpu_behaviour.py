@@ -25,8 +25,8 @@ from .cases import Inputs, make_inputs
 from .gpu_precision import CACHED_LIMIT, GRADIENT_LIMIT, RMS_LIMIT, check_gradients, modes
 from .gpu_report import CannotRun, Part
 from .gpu_scale import Scale
+from .live_bytes import memory_of
 from .measure import release
-from .memory import memory_of
 from .roofline import extra_memory, planned
 
 BYTES_OF_VECTORS = 256  # per row: constants of a call and its table of results

@@ -232,11 +232,11 @@ def csv_rows(report: dict) -> list[dict]:
 def sweep_table(rows: list[dict]) -> str:
     """Fastest first."""
     keys = [key for key in rows[0] if key != "seconds"]
-    head = ["| " + " | ".join([*keys, "ms"]) + " |", "|" + " --- |" * (len(keys) + 1)]
+    lines = []
     for row in sorted(rows, key=lambda r: (str(r[keys[0]]), r["seconds"]["median"])):
         cells = [f"{row[k]:.3g}" if isinstance(row[k], float) else str(row[k]) for k in keys]
-        head.append("| " + " | ".join([*cells, f"{1e3 * row['seconds']['median']:.4f}"]) + " |")
-    return "\n".join(head)
+        lines.append([*cells, f"{1e3 * row['seconds']['median']:.4f}"])
+    return loss_plot.markdown([*keys, "ms"], lines)
 
 
 def states(name: str, part: dict) -> list[str]:

@@ -39,7 +39,8 @@ from .growth_sweeps import (
     with_rows,
 )
 from .machine import machine
-from .output import RESULTS, positive_seconds, say
+from .options import absent_device
+from .output import RESULTS, positive, positive_seconds, say
 from .planned import KEYS, TITLES, planned_bytes
 
 SECONDS = {"cpu": 150.0, "cuda": 240.0}
@@ -62,23 +63,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure")
     add_sizes(parser)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.add_argument("--threads", type=positive, default=2, help="torch threads (default 2)")
     parser.add_argument("--seconds", type=positive_seconds, help="limit: what is late is dropped")
     parser.add_argument("--out", type=Path, default=RESULTS)
 
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Measure, print the page, write the files; 1 when a check fails."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        message = "--device: expected cpu, got cuda, but torch sees no CUDA device here."
-        print(f"{message} Type --device cpu, or run it on a machine with a GPU.")
+    if reason := absent_device(options.device):
+        print(reason)
         return 2
     seconds = options.seconds or SECONDS[options.device]
     report: dict[str, Any] = measure_growth(options, time.monotonic() + seconds)
     report["command"] = command
-    files = plot.write(report, options.out / f"growth_{options.device}")
-    print(plot.drawer(report).page(report))
-    print("written:", *files)
+    plot.publish(report, options.out / f"growth_{options.device}")
     failed = [check for check in report["checks"] if check["met"] is False]
     return 1 if failed else 0
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from .log_plot import UNITS, document, exponent_text, seconds_text
 from .loss_plot import markdown
-from .machine import place
+from .machine import device_name, headline
 
 MET = {True: "yes", False: "**no**", None: "not measured"}
 METHOD = (
@@ -21,10 +21,10 @@ METHOD = (
 
 def page(report: dict[str, Any]) -> str:
     """The whole Markdown page of a run."""
-    where, machine = place(report["machine"]), report["machine"]
+    machine = report["machine"]
     parts = [
         f"# Growth of time and memory on {'a GPU' if 'gpu' in machine else 'a CPU'}",
-        f"`{report['command']}`, {machine['date']}, commit {machine['commit']}. {where}",
+        headline(report),
         exponents(report),
         "## Checks",
         checks(report["checks"]),
@@ -139,7 +139,7 @@ def dropped(report: dict[str, Any]) -> list[str]:
 def svg(report: dict[str, Any]) -> str:
     """All sweeps as panels."""
     machine = report["machine"]
-    device = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
+    device = device_name(machine)
     threads = "" if "gpu" in machine else f", {machine['threads']} threads"
     below = f"{device}{threads}, {machine['date']}; dashed: fits; PLANNED: not measured"
     return document(report["sweeps"], "Growth of time and memory, log-log", below)
@@ -162,16 +162,15 @@ def csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def readme_block(report: dict[str, Any], stem: str) -> str:
     """For the README: exponents, the checks in a sentence, ranks, the picture."""
-    machine, judged = report["machine"], [c for c in report["checks"] if c["met"] is not None]
+    judged = [check for check in report["checks"] if check["met"] is not None]
     failed = [check["text"] for check in judged if not check["met"]]
     end = f"{len(failed)} of {len(judged)} checks failed: {'; '.join(failed)}."
     if not failed:
         end = (
             f"All {len(judged)} checks (bytes within the bound and flat in T, equal ranks) are met."
         )
-    where = place(machine)
     parts = [
-        f"`{report['command']}`, {machine['date']}, commit {machine['commit']}. {where}",
+        headline(report),
         f"{end} Values, checks and what is missing: [{stem}.md](benchmarks/results/{stem}.md).",
         exponents(report),
         *(ranks(report["ranks"])[1:] if report["ranks"] else []),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cases import DTYPES, Case
-from .options import positive
+from .output import positive
 
 PARTS = ("planned", "ranks", "rows", "vocab", "dim", "workspace", "chunk")
 

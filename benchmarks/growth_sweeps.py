@@ -24,7 +24,7 @@ from .cases import Case, Inputs, make_inputs
 from .clock import Clock
 from .deadline import LATE
 from .growth_fit import fit_exponent, flatness
-from .memory import memory_of
+from .live_bytes import memory_of
 from .output import say
 from .planned import TITLES, bound_bytes, copy_bytes, planned_bytes, row_bytes
 

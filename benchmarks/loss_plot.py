@@ -12,7 +12,7 @@ from typing import Any
 
 from .bars import svg as svg
 from .bars import svg_of_shapes as svg_of_shapes
-from .machine import place
+from .machine import device_name, headline
 
 Row = dict[str, Any]
 TITLES = {"loss": "Fused loss", "score": "Scoring without gradients"}
@@ -301,12 +301,6 @@ def method(report: Row) -> str:
     )
 
 
-def headline(report: Row) -> str:
-    """Command, machine and date of a report."""
-    machine = report["machine"]
-    return f"`{report['command']}`, {machine['date']}, commit {machine['commit']}. {place(machine)}"
-
-
 def section(case: Row) -> str:
     """One shape with its heading."""
     heading = f"## {case['name']}: {case['case']}"
@@ -318,7 +312,7 @@ def section(case: Row) -> str:
 def page(report: Row) -> str:
     """The whole Markdown page of a run."""
     machine = report["machine"]
-    where = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
+    where = device_name(machine)
     parts = [f"# {TITLES[report['kind']]} on {where}", headline(report)]
     if len(report["cases"]) > 1:
         parts.append(overview(report["cases"]))

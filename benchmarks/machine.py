@@ -58,6 +58,17 @@ def gpu_name(where: dict[str, Any]) -> str:
     return where.get("gpu", {}).get("name", "")
 
 
+def device_name(where: dict[str, Any]) -> str:
+    """The name of what measured: the GPU, else the CPU."""
+    return gpu_name(where) or where["cpu"]
+
+
+def headline(report: dict[str, Any]) -> str:
+    """Command, date, commit and machine of a report."""
+    where = report["machine"]
+    return f"`{report['command']}`, {where['date']}, commit {where['commit']}. {place(where)}"
+
+
 def place(machine: dict) -> str:
     """Device and versions."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())

@@ -17,7 +17,7 @@ from .baselines import FLOORS, NAIVE, BareProducts, Candidate
 from .cases import Case, Inputs, make_inputs
 from .clock import NO_COLD, Clock, Times, measure_seconds, summary
 from .deadline import LATE, OutOfTime, at_most_seconds
-from .memory import memory_of
+from .live_bytes import memory_of
 from .output import say
 
 ERROR_ROWS, ERROR_COLUMNS = 32, 4096

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
-from .bars import COLOURS, STYLE
+from .bars import COLOURS, WIDTH, framed, shortened, text
 from .log_plot import bytes_text
-from .loss_plot import markdown
-from .machine import place
+from .loss_plot import MET, markdown
+from .machine import headline
 
-WIDTH, LABEL, TAIL, BAR, GAP, HEAD, PANEL = 960, 290, 230, 14, 6, 66, 34
-MET = {True: "yes", False: "**no**"}
+LABEL, TAIL, BAR, GAP, HEAD, PANEL = 290, 230, 14, 6, 66, 34
 METHOD = (
     "Peak: the most live bytes beyond inputs and outputs (both gradients, logprobs, entropies) in "
     "one forward and backward, of tensors on a CPU, of the allocator on a GPU; all: outputs "
@@ -27,7 +25,7 @@ def page(report: dict[str, Any]) -> str:
     machine = report["machine"]
     parts = [
         f"# Peak memory on {'a GPU' if 'gpu' in machine else 'a CPU'}",
-        f"`{report['command']}`, {machine['date']}, commit {machine['commit']}. {place(machine)}",
+        headline(report),
         *(text for case in report["cases"] for text in section(case)),
         METHOD,
     ]
@@ -63,8 +61,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def svg(report: dict[str, Any]) -> str:
     """Bars of the peak: a panel for each shape as measured, and one as planned."""
-    machine = report["machine"]
-    device = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
     y, body = float(HEAD), []
     for case in report["cases"]:
         panels = (
@@ -75,40 +71,23 @@ def svg(report: dict[str, Any]) -> str:
             body += panel(title, rows, y)
             y += PANEL + len(rows) * (BAR + GAP)
     title = "Peak bytes beyond inputs and outputs"
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y:g}" role="img">',
-            f"<title>{title}; {escape(device)}</title>",
-            f"<style>{STYLE}</style>",
-            f'<rect class="page" width="{WIDTH}" height="{y:g}"/>',
-            f'<text class="title" x="16" y="24">{title}</text>',
-            f'<text class="quiet" x="16" y="43">{escape(device)}, {machine["date"]}</text>',
-            *body,
-            "</svg>",
-            "",
-        ]
-    )
+    return framed(report["machine"], title, body, y)
 
 
 def panel(title: str, rows: list[dict[str, Any]], top: float) -> list[str]:
     """The bars of some rows, each as long as its share of the largest."""
     most = max((row["peak_bytes"] for row in rows if "missing" not in row), default=1)
-    parts = [f'<text class="shape" x="16" y="{top + 14:g}">{escape(title)}</text>']
-    for place_, row in enumerate(rows):
-        y = top + 24 + place_ * (BAR + GAP)
-        name = escape(row["title"])
-        parts.append(f'<text x="{LABEL - 8}" y="{y + 11:g}" text-anchor="end">{name}</text>')
+    parts = [text(16, top + 14, title, 'class="shape"')]
+    for index, row in enumerate(rows):
+        y = top + 24 + index * (BAR + GAP)
+        parts.append(text(LABEL - 8, y + 11, row["title"], 'text-anchor="end"'))
         if "missing" in row:
-            why = escape(row["missing"][:92])
-            parts.append(f'<text class="quiet" x="{LABEL}" y="{y + 11:g}">{why}</text>')
+            parts.append(text(LABEL, y + 11, shortened(row["missing"]), 'class="quiet"'))
             continue
         length = max(1.0, (WIDTH - LABEL - TAIL) * row["peak_bytes"] / max(most, 1))
-        colour = COLOURS[row["kind"]]
-        parts.append(
-            f'<rect x="{LABEL}" y="{y:g}" width="{length:.1f}" height="{BAR}" fill="{colour}"/>'
-        )
-        text = bytes_text(row["peak_bytes"])
-        parts.append(f'<text x="{LABEL + length + 6:.1f}" y="{y + 11:g}">{text}</text>')
+        box = f'x="{LABEL}" y="{y:g}" width="{length:.1f}" height="{BAR}"'
+        parts.append(f'<rect {box} fill="{COLOURS[row["kind"]]}"/>')
+        parts.append(text(LABEL + length + 6, y + 11, bytes_text(row["peak_bytes"])))
     return parts
 
 
@@ -126,7 +105,6 @@ def csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def readme_block(report: dict[str, Any], stem: str) -> str:
     """For the README: where it was measured, the shapes in short, the picture."""
-    machine = report["machine"]
     header = ["shape", "ours, one pass", "ours, two passes", "ours, scoring", "plain torch"]
     lines = []
     for case in report["cases"]:
@@ -138,14 +116,13 @@ def readme_block(report: dict[str, Any], stem: str) -> str:
     every = [row for case in report["cases"] for row in (*case["rows"], *case["planned"])]
     judged = [row for row in every if "met" in row]
     kept = sum(row["met"] for row in judged)
-    where = place(machine)
     about = (
         "Peak beyond inputs and outputs; planned: not measured, bytes that the code asks for on a "
         f"GPU. {kept} of {len(judged)} are within the bound. All candidates and what the numbers "
         f"mean: [{stem}.md](benchmarks/results/{stem}.md)."
     )
     parts = [
-        f"`{report['command']}`, {machine['date']}, commit {machine['commit']}. {where}",
+        headline(report),
         about,
         markdown(header, lines),
         f"![Peak bytes by shape and candidate](benchmarks/results/{stem}.svg)",

@@ -21,11 +21,11 @@ from .candidates import loss_candidates, score_candidates
 from .cases import DTYPES, GPU_ROWS, SHAPES, Case, Inputs
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .growth_sweeps import memory_reason
+from .live_bytes import memory_of
 from .machine import machine
 from .measure import HIDDEN, release
-from .memory import memory_of
-from .options import DEVICES, cases_of, positive
-from .output import RESULTS, positive_seconds, say
+from .options import DEVICES, absent_device, cases_of
+from .output import RESULTS, positive, positive_seconds, say
 from .planned import KEYS, TITLES, bound_bytes, constant_inputs, planned_bytes
 
 SECONDS = {"cpu": 150.0, "cuda": 300.0}
@@ -58,15 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Measure, print the page, write the files; 1 when a bound is exceeded."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        message = "--device: expected cpu, got cuda, but torch sees no CUDA device here."
-        print(f"{message} Type --device cpu, or run it on a machine with a GPU.")
+    if reason := absent_device(options.device):
+        print(reason)
         return 2
     seconds = options.seconds or SECONDS[options.device]
     report = {**measure_memory(options, time.monotonic() + seconds), "command": command}
-    files = plot.write(report, options.out / f"memory_{options.device}")
-    print(plot.drawer(report).page(report))
-    print("written:", *files)
+    plot.publish(report, options.out / f"memory_{options.device}")
     status = against.check(report, options.against, options.only)
     return status or (1 if any(row.get("met") is False for row in all_rows(report)) else 0)
 

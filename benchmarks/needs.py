@@ -40,10 +40,7 @@ class Needs:
 
     def version(self) -> str:
         """The installed version, "" without one."""
-        try:
-            return importlib.metadata.version(self.distribution) if self.distribution else ""
-        except importlib.metadata.PackageNotFoundError:
-            return ""
+        return installed_version(self.distribution) if self.distribution else ""
 
     def unmet(self, case: Case, device: torch.device) -> str:
         """The first thing that is missing, or "".
@@ -94,6 +91,14 @@ class Needs:
                 SystemExit,
             ) as error:  # whatever a peer's import raises is its reason
                 return f"cannot be imported: {type(error).__name__}: {error}"[:LONGEST_REASON]
+        return ""
+
+
+def installed_version(package: str) -> str:
+    """Of a distribution, "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return ""
 
 

@@ -14,7 +14,7 @@ import torch
 from crpo_kernels import unsupported_reason
 
 from .cases import DTYPES, SHAPES, Case, named_case
-from .output import RESULTS, positive_seconds
+from .output import RESULTS, positive, positive_seconds
 
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "torch", "triton")
@@ -74,24 +74,20 @@ def word(text: str) -> str:
     return text
 
 
-def positive(text: str) -> int:
-    """A whole number above 0 from the command line.
-
-    Raises:
-        argparse.ArgumentTypeError: something else.
-    """
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}.")
-    return int(text)
+def absent_device(device: str) -> str | None:
+    """Why nothing can run on ``--device``, with what to type; None where it can."""
+    if device != "cuda" or torch.cuda.is_available():
+        return None
+    return (
+        "--device: expected cpu, got cuda, but torch sees no CUDA device here. "
+        "Type --device cpu, or run it on a machine with a GPU."
+    )
 
 
 def refusal(options: argparse.Namespace) -> str | None:
     """Why these options cannot be right, with what to type; None where they can."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        return (
-            "--device: expected cpu, got cuda, but torch sees no CUDA device here. "
-            "Type --device cpu, or run it on a machine with a GPU."
-        )
+    if reason := absent_device(options.device):
+        return reason
     for backend, dtype in product(options.backend or (), options.dtype):
         why = unsupported_reason(backend, options.device, DTYPES[dtype])
         if why is not None:

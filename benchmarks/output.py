@@ -40,6 +40,17 @@ def new_file(text: str) -> Path:
     return path
 
 
+def positive(text: str) -> int:
+    """A whole number above 0 from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}. Write 2.")
+    return int(text)
+
+
 def positive_seconds(text: str) -> float:
     """Seconds above 0 from the command line.
 

@@ -19,7 +19,7 @@ from crpo_kernels.plan import BYTES_OF_VECTORS
 
 from .baselines import FEWEST_ROWS, Result, gradients, naive, policy_arguments
 from .cases import Case, Inputs
-from .memory import LiveBytes
+from .live_bytes import LiveBytes
 
 KEYS = ("one_pass", "two_pass", "scored", "naive")  # what can be planned
 TITLES = {

@@ -40,6 +40,13 @@ def write(report: dict[str, Any], stem: Path) -> list[Path]:
     return [file, *draw(report, stem)]
 
 
+def publish(report: dict[str, Any], stem: Path) -> None:
+    """Write the report and what is drawn of it, print the page, say where the files are."""
+    files = write(report, stem)
+    print(drawer(report).page(report))
+    print("written:", *files)
+
+
 def draw(report: dict[str, Any], stem: Path) -> list[Path]:
     """All but the JSON; a picture of further shapes only where there are some."""
     module = drawer(report)

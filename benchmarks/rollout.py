@@ -20,12 +20,12 @@ from transformers.utils import logging as hf_logging
 
 from crpo_fast.config import RolloutConfig
 
-from . import plot, rollout_plot
+from . import plot
 from .clock import Clock, summary
 from .deadline import LATE, OutOfTime, at_most_seconds
+from .live_bytes import LiveBytes, counting
 from .machine import machine
-from .memory import LiveBytes, counting
-from .options import device_of
+from .options import absent_device, device_of
 from .output import RESULTS, say
 from .rollout_case import CANDIDATES, RolloutCase, attention_of, trainer_differences
 from .step_case import MODELS, model_config
@@ -70,18 +70,15 @@ def run(options: argparse.Namespace, command: str) -> int:
     if problem:
         print(problem)
         return 2
-    report = {"command": command, **measure_rollout(options, math.inf)}
-    files = plot.write(report, options.out / f"rollout_{options.device}")
-    print(rollout_plot.page(report))
-    print("written:", *files)
+    report: dict[str, Any] = {"command": command, **measure_rollout(options, math.inf)}
+    plot.publish(report, options.out / f"rollout_{options.device}")
     return 1 if any(row.get("wrong") for case in report["cases"] for row in case["rows"]) else 0
 
 
 def check(options: argparse.Namespace) -> str:
     """What is wrong with the options and what to type, or ""."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        message = "--device: expected cpu, got cuda, but torch sees no CUDA device here."
-        return f"{message} Type --device cpu, or run it on a machine with a GPU."
+    if reason := absent_device(options.device):
+        return reason
     least = {"group_size": 1, "median_prompt": 2, "max_tokens": 2, "rounds": 1, "threads": 1}
     for name, smallest in {"prompts": 1, **least}.items():
         value = getattr(options, name)

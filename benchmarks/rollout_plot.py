@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
-from .bars import COLOURS, STYLE, text, whisker
+from .bars import COLOURS, WIDTH, framed, text, whisker
 from .log_plot import bytes_text
 from .loss_plot import markdown
-from .machine import place
+from .machine import headline
 
-WIDTH, LABEL, TAIL, BAR, GAP, HEAD, PANEL = 960, 210, 330, 16, 7, 60, 34
+LABEL, TAIL, BAR, GAP, HEAD, PANEL = 210, 330, 16, 7, 60, 34
 METHOD = (
     "Prefill: prompt tokens over the seconds of a generation of one token, each prompt counted "
     "once (plain generate computes it for every sample). Decode: sampled tokens after the first "
@@ -31,7 +30,7 @@ def page(report: dict[str, Any]) -> str:
     )
     parts = [
         f"# Rollouts on {'a GPU' if 'gpu' in machine else 'a CPU'}",
-        f"`{report['command']}`, {machine['date']}, commit {machine['commit']}. {place(machine)}",
+        headline(report),
         model,
     ]
     for case in report["cases"]:
@@ -76,27 +75,12 @@ def notes(case: dict[str, Any]) -> list[str]:
 
 def svg(report: dict[str, Any]) -> str:
     """Tokens per second: a panel for each case, a bar for each candidate."""
-    machine = report["machine"]
-    device = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
     y, body = float(HEAD), []
     for case in report["cases"]:
         body += panel(case, y)
         y += PANEL + len(case["rows"]) * (BAR + GAP)
     title = f"Sampled tokens per second, {report['model']} in {report['dtype']}"
-    where = f"{device}, {machine['date']}; whiskers 20 .. 80 % of the rounds"
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y:g}" role="img">',
-            f"<title>{escape(title)}; {escape(device)}</title>",
-            f"<style>{STYLE}</style>",
-            f'<rect class="page" width="{WIDTH}" height="{y:g}"/>',
-            text(16, 24, title, 'class="title"'),
-            text(16, 43, where, 'class="quiet"'),
-            *body,
-            "</svg>",
-            "",
-        ]
-    )
+    return framed(report["machine"], title, body, y, more="; whiskers 20 .. 80 % of the rounds")
 
 
 def panel(case: dict[str, Any], top: float) -> list[str]:

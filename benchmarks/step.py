@@ -12,7 +12,6 @@ step. MFU: see `step_flops`.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import math
 import multiprocessing
@@ -24,9 +23,11 @@ from typing import Any
 
 import torch
 
-from . import against, plot, step_plot
+from . import against, plot
 from .deadline import LATE
 from .machine import gpu_name, machine
+from .needs import installed_version
+from .options import absent_device
 from .output import RESULTS, say
 from .step_case import (
     MODELS,
@@ -96,9 +97,7 @@ def run(options: argparse.Namespace, command: str) -> int:
         print(problem)
         return 2
     report: dict[str, Any] = {"command": command, **measure_step(options, None)}
-    files = plot.write(report, options.out / f"step_{options.device}")
-    print(step_plot.page(report))
-    print("written:", *files)
+    plot.publish(report, options.out / f"step_{options.device}")
     status = against.check(report, options.against, options.only)
     missed = [target["text"] for target in report["targets"] if target["met"] is False]
     return status or (1 if options.gate and missed else 0)
@@ -106,9 +105,8 @@ def run(options: argparse.Namespace, command: str) -> int:
 
 def check(options: argparse.Namespace) -> str:
     """What is wrong with the options and what to type, or ""."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        message = "--device: expected cpu, got cuda, but torch sees no CUDA device here."
-        return f"{message} Type --device cpu, or run it on a machine with a GPU."
+    if reason := absent_device(options.device):
+        return reason
     for name in ("steps", "threads", "prompts", "micro_batch", "median_prompt"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -300,7 +298,7 @@ def report_of(
     for key, reason in reasons.items():
         title, package = TITLES[key]
         note = NOTES[key] + (CPU_NOTE if key == "trl" and device.type == "cpu" else "")
-        row = {"key": key, "title": title, "note": note, "version": version(package)}
+        row = {"key": key, "title": title, "note": note, "version": installed_version(package)}
         worker = done.get(key)
         reason = reason or (worker.failure if worker else "")
         if reason or worker is None:
@@ -321,11 +319,3 @@ def report_of(
         "agreement": compared,
         "targets": targets(rows, compared, is_gpu=device.type == "cuda"),
     }
-
-
-def version(package: str) -> str:
-    """Of an installed package, "" without one."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -6,7 +6,8 @@ from html import escape
 from typing import Any
 
 from .bars import STYLE
-from .machine import place
+from .loss_plot import MET, markdown
+from .machine import headline
 from .step_parts import PARTS
 
 COLOURS = {
@@ -21,7 +22,6 @@ COLOURS = {
     "sharding": "#8c564b",
     "loop": "#555555",
 }
-MET = {True: "yes", False: "**no**", None: "no claim"}
 BAR, WIDTH, LEFT = 34, 860, 40
 
 
@@ -32,13 +32,10 @@ def present(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def page(report: dict[str, Any]) -> str:
     """The whole Markdown page."""
-    machine, case = report["machine"], report["case"]
+    case = report["case"]
     lines = [
         f"# One optimizer step, training phase: {case['model']}, {case['dtype']}, {case['device']}",
-        (
-            f"`{report.get('command', 'step')}`, {machine['date']}, commit {machine['commit']}. "
-            f"{place(machine)}"
-        ),
+        headline(report),
         rollouts(report),
         table(report),
         parts_table(report),
@@ -73,11 +70,11 @@ def _list(values: list[int]) -> str:
 def table(report: dict[str, Any]) -> str:
     """One line per trainer."""
     names = ("", "s / step", "20-80 %", "tokens/s", "MFU %", "peak MiB", "over states MiB")
-    lines = [_line((*names, "loop overhead %", "note")), _line(["---"] * 9)]
+    lines = []
     for row in report["rows"]:
         title = f"{row['title']} {row['version']}".strip()
         if "missing" in row:
-            lines.append(_line([title, *["-"] * 7, row["missing"]]))
+            lines.append([title, *["-"] * 7, row["missing"]])
             continue
         seconds, memory = row["seconds"], row["memory"]
         cells = [
@@ -91,22 +88,21 @@ def table(report: dict[str, Any]) -> str:
             f"{100 * row['overhead']['median']:.2f}",
             row["note"],
         ]
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown([*names, "loop overhead %", "note"], lines)
 
 
 def parts_table(report: dict[str, Any]) -> str:
     """Seconds and share of every part, by trainer."""
-    rows = present(report)
-    lines = [_line(["part", *(f"{r['title']}, s (share)" for r in rows)])]
-    lines.append(_line(["---"] * (len(rows) + 1)))
+    rows, lines = present(report), []
     for name, text in PARTS.items():
         cells = []
         for row in rows:
             value = row["parts"][name]["median"]
             cells.append(f"{value:.4f} ({100 * value / row['seconds']['median']:.1f} %)")
-        lines.append(_line([text, *cells]))
-    return "\n".join(lines) if rows else ""
+        lines.append([text, *cells])
+    header = ["part", *(f"{row['title']}, s (share)" for row in rows)]
+    return markdown(header, lines) if rows else ""
 
 
 def agreement_table(report: dict[str, Any]) -> str:
@@ -114,7 +110,7 @@ def agreement_table(report: dict[str, Any]) -> str:
     if not report["agreement"]:
         return ""
     names = ("first step", "loss, ours / theirs", "gradient norm, ours / theirs")
-    lines = [_line((*names, "relative gradient distance", "agrees")), _line(["---"] * 5)]
+    lines = []
     for row in report["agreement"]:
         cells = [
             row["key"],
@@ -123,17 +119,17 @@ def agreement_table(report: dict[str, Any]) -> str:
             f"{row['gradient_error']:.1e} (limit {row['limits']['gradient']:.0e})",
             MET[row["agrees"]],
         ]
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown([*names, "relative gradient distance", "agrees"], lines)
 
 
 def target_table(report: dict[str, Any]) -> str:
     """Limits and what was measured."""
-    lines = [_line(["target", "limit", "measured", "met"]), _line(["---"] * 4)]
-    for target in report["targets"]:
-        cells = [target["text"], f"{target['limit']:g}", f"{target['value']:.3g}"]
-        lines.append(_line([*cells, MET[target["met"]]]))
-    return "\n".join(lines)
+    lines = [
+        [t["text"], f"{t['limit']:g}", f"{t['value']:.3g}", MET[t["met"]]]
+        for t in report["targets"]
+    ]
+    return markdown(["target", "limit", "measured", "met"], lines)
 
 
 def method(report: dict[str, Any]) -> str:
@@ -155,10 +151,6 @@ def method(report: dict[str, Any]) -> str:
         f"{report['peak_source']}. Random weights. fp32 weights, gradients and optimizer state in "
         "both; compare trainers of one run, not runs."
     )
-
-
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cells).strip() + " |"
 
 
 def cases(report: dict[str, Any]) -> list[dict[str, Any]]:

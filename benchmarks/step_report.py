@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
 from typing import Any
 
+from .clock import summary
 from .step_parts import PARTS, overhead
 
 OVERHEAD_LIMIT, SPEED_LIMIT = 0.03, 1.3
@@ -15,24 +14,6 @@ OVERHEAD_LIMIT, SPEED_LIMIT = 0.03, 1.3
 GRADIENT_LIMIT = {"float32": 1e-3, "bfloat16": 0.05}
 LOSS_LIMIT = {"float32": 1e-5, "bfloat16": 1e-3}  # of an advantage of 1: the loss may cancel
 NORM_LIMIT = {"float32": 1e-4, "bfloat16": 1e-2}
-
-
-def band(values: Sequence[float]) -> dict[str, float]:
-    """Median and the 20th and 80th percentile (of the sorted values, interpolated)."""
-    ordered = sorted(values)
-
-    def quantile(q: float) -> float:
-        place = q * (len(ordered) - 1)
-        low = math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return {
-        "median": statistics.median(ordered),
-        "low": quantile(0.2),
-        "high": quantile(0.8),
-        "count": len(ordered),
-    }
 
 
 def row_of(
@@ -51,16 +32,16 @@ def row_of(
         flops: of one step.
         peak: FLOP/s.
     """
-    seconds = band([answer["seconds"] for answer in answers])
+    seconds = summary([answer["seconds"] for answer in answers])
     return {
         "seconds": seconds,
         "all_seconds": [answer["seconds"] for answer in answers],
-        "parts": {name: band([answer["parts"][name] for answer in answers]) for name in PARTS},
+        "parts": {name: summary([answer["parts"][name] for answer in answers]) for name in PARTS},
         "all_parts": [answer["parts"] for answer in answers],
         "tokens_per_second": found["tokens"] / seconds["median"],
         "completion_tokens_per_second": found["completion_tokens"] / seconds["median"],
         "mfu": flops / seconds["median"] / peak,
-        "overhead": band([overhead(answer["parts"]) for answer in answers]),
+        "overhead": summary([overhead(answer["parts"]) for answer in answers]),
         "memory": memory,
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import against, loss_plot, plot
+from . import against, plot
 from .baselines import Candidate
 from .cases import DTYPES, Case, Inputs
 from .clock import Clock
@@ -49,9 +49,7 @@ def run_suite(
     until = time.monotonic() + seconds_of(options, cpu_seconds)
     report: dict[str, Any] = {"command": command, **measure_kind(options, until)}
     stem = "_".join([kind, options.device, *([options.name] if options.name else [])])
-    files = plot.write(report, options.out / stem)
-    print(loss_plot.page(report))
-    print("written:", *files)
+    plot.publish(report, options.out / stem)
     status = against.check(report, options.against, options.only)
     missed = [target["text"] for target in report["targets"] if target["met"] is False]
     return status or (1 if options.gate and missed else 0)

@@ -18,7 +18,7 @@ from benchmarks.step import Worker
 from benchmarks.step_case import StepCase, distribution, make_sequences, model_config
 from benchmarks.step_flops import forward_flops, step_flops
 from benchmarks.step_parts import OVERHEAD, PARTS, Timeline, overhead
-from benchmarks.step_report import agreement, band, row_of, targets
+from benchmarks.step_report import agreement, row_of, targets
 from crpo_fast.packing import pack
 
 HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "datasets", "accelerate"))
@@ -172,12 +172,6 @@ def test_other_gradients_are_seen(theirs: dict, error: float, agrees: bool) -> N
     (row,) = agreement({"ours": first_step(), "trl": theirs}, "float32")
     assert row["gradient_error"] == pytest.approx(error)
     assert row["agrees"] is agrees
-
-
-def test_the_band_is_interpolated() -> None:
-    assert band([3.0, 1.0, 2.0]) == pytest.approx(
-        {"median": 2.0, "low": 1.4, "high": 2.6, "count": 3}
-    )
 
 
 def test_rollouts_are_ragged_and_a_function_of_the_seed() -> None:

@@ -187,7 +187,7 @@ def test_a_number_of_jobs_that_cannot_be_is_refused(jobs, capsys):
     with pytest.raises(SystemExit) as refused:
         benchmarks_main(["compile-gate", f"--jobs={jobs}"])
     assert refused.value.code == 2
-    assert f"expected a positive whole number, got '{jobs}'" in capsys.readouterr().err
+    assert f"expected a whole number above 0, got '{jobs}'" in capsys.readouterr().err
 
 
 AMD_TAIL = """

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import crpo_kernels as ck
-from benchmarks.memory import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 from crpo_kernels import aligned, dispatch, plan
 from crpo_kernels.aligned import (
     Lengths,

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import crpo_kernels as ck
-from benchmarks.memory import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 from crpo_kernels.plan import BYTES_OF_VECTORS, make_plan
 from crpo_kernels.spec import ObjectiveSpec
 from triton_tools import why_no_triton

@@ -229,7 +229,7 @@ def test_compilation_is_a_predicate_with_a_reason(monkeypatch):
     assert "fp64" in reason(large.double(), 1 << 20, 1 << 10)
     monkeypatch.setattr(compilation, "missing_toolchain", lambda: None)
     assert reason(large, 1 << 18, 1 << 10) is None
-    from benchmarks.memory import LiveBytes
+    from benchmarks.live_bytes import LiveBytes
 
     with LiveBytes():
         assert "TorchDispatchMode" in reason(large, 1 << 18, 1 << 10)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import crpo_kernels as ck
-from benchmarks.memory import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 from crpo_kernels import quantised as eight
 from numerics import make_problem
 from triton_tools import why_no_triton

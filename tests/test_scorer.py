@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crpo_kernels as ck
-from benchmarks.memory import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 from crpo_kernels import dispatch, plan, scorer
 from crpo_kernels.plan import HeadSizes
 from crpo_kernels.score_table import Measured, nearest

@@ -7,7 +7,7 @@ import torch
 
 import crpo_kernels as ck
 import triton_tools
-from benchmarks.memory import CudaBytes
+from benchmarks.live_bytes import CudaBytes
 from crpo_kernels.products import add_product, product
 from numerics import assert_near, make_problem, spec_of
 from triton_cases import each_way, peaks, shrink

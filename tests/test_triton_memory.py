@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import crpo_kernels as ck
 import triton_tools
 from benchmarks.gpu_targets import TARGETS
-from benchmarks.memory import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 from triton_cases import peaks
 
 if reason := triton_tools.why_no_triton():

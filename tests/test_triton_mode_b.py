@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crpo_kernels as ck
 import triton_tools
-from benchmarks.memory import LiveBytes
+from benchmarks.live_bytes import LiveBytes
 from crpo_kernels import dispatch, plan
 from numerics import assert_near, assert_same_result, make_problem, rms, run_loss, spec_of
 

@@ -225,6 +225,52 @@ def operand(matrix: Tensor, block: list[int], *, uses_tma: bool) -> Any:
     return TensorDescriptor.from_tensor(matrix, block) if uses_tma else matrix
 
 
+def operand_arguments(
+    hidden: Tensor,  # [n, D]
+    weight: Tensor,  # [V, D]
+    tile: Tile,
+) -> dict[str, Any]:
+    """The kernel's arguments that say what it reads of both operands, and in which blocks."""
+    return {
+        "hidden": operand(hidden, [tile.block_t, tile.block_d], uses_tma=tile.uses_tma),
+        "stride_ht": hidden.stride(0),
+        "stride_hd": hidden.stride(1),
+        "weight": operand(weight, [tile.block_v, tile.block_d], uses_tma=tile.uses_tma),
+        "stride_wv": weight.stride(0),
+        "stride_wd": weight.stride(1),
+        "dim": hidden.shape[1],
+        "BLOCK_T": tile.block_t,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "USES_TMA": tile.uses_tma,
+        "IS_EVEN": hidden.shape[1] % tile.block_d == 0,
+    }
+
+
+def linear_join(
+    partials: Tensor,  # [4, splits, n] fp32
+    labels: Tensor,  # [n] int64, contiguous
+    vocab_size: int,
+    inner: float | None,
+    table: RowTable,
+    rows: slice,
+) -> None:
+    """Write the statistics that the sums of all splits make to ``rows`` of the table."""
+    _, num_splits, num_rows = partials.shape
+    arguments = {
+        "partials_ptr": partials,
+        "num_rows": num_rows,
+        "num_splits": num_splits,
+        "labels_ptr": labels,
+        "vocab_size": vocab_size,
+        "inner": inner,
+        "table_ptr": table.values[:, rows],
+        "stride_table": table.values.stride(0),
+        "BLOCK_T": JOIN_ROWS,
+    }
+    launch(linear_join_kernel, (-(-num_rows // JOIN_ROWS),), arguments, num_warps=4)
+
+
 def linear_stats(
     hidden: Tensor,  # [n, D] bf16, fp16, fp32, or e4m3 with scales
     weight: Tensor,  # [V, D] of the same dtype
@@ -251,51 +297,26 @@ def linear_stats(
     if is_narrow and is_interpreted() and not is_fake(hidden):  # products of bf16 are wrong there
         hidden, weight = hidden.float(), weight.float()
     (num_rows, dim), vocab_size = hidden.shape, weight.shape[0]
-    if tile is None:
-        tile = choose_tile(hidden, weight)
+    tile = choose_tile(hidden, weight) if tile is None else tile
     units = num_units(hidden.device, is_planned=is_recording() or is_fake(hidden))
     shape = (num_rows, vocab_size, dim)
     order = choose_order(shape, hidden.element_size(), tile, units, num_splits)
-    partials = torch.empty(
-        NUM_SUMS, order.num_splits, num_rows, dtype=torch.float32, device=hidden.device
-    )
+    sizes = (NUM_SUMS, order.num_splits, num_rows)
+    partials = torch.empty(sizes, dtype=torch.float32, device=hidden.device)
     hidden_scale, weight_scale = scales or (None, None)
-    seen, uses_tma = view_arguments(view), tile.uses_tma
-    labels = labels.contiguous()
+    seen, labels = view_arguments(view), labels.contiguous()
     arguments = {
-        "hidden": operand(hidden, [tile.block_t, tile.block_d], uses_tma=uses_tma),
-        "stride_ht": hidden.stride(0),
-        "stride_hd": hidden.stride(1),
-        "weight": operand(weight, [tile.block_v, tile.block_d], uses_tma=uses_tma),
-        "stride_wv": weight.stride(0),
-        "stride_wd": weight.stride(1),
+        **operand_arguments(hidden, weight, tile),
         "labels_ptr": labels,
         **seen,
         "hidden_scale_ptr": hidden_scale,
         "weight_scale_ptr": weight_scale,
         "num_rows": num_rows,
         "vocab_size": vocab_size,
-        "dim": dim,
         "partials_ptr": partials,
         "num_splits": order.num_splits,
         "group_tiles": order.group_tiles,
-        "BLOCK_T": tile.block_t,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_D": tile.block_d,
-        "USES_TMA": uses_tma,
-        "IS_EVEN": dim % tile.block_d == 0,
     }
     meta = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     launch(linear_stats_kernel, (order.num_programs,), arguments, **meta)
-    joined = {
-        "partials_ptr": partials,
-        "num_rows": num_rows,
-        "num_splits": order.num_splits,
-        "labels_ptr": labels,
-        "vocab_size": vocab_size,
-        "inner": seen["inner"],
-        "table_ptr": table.values[:, rows],
-        "stride_table": table.values.stride(0),
-        "BLOCK_T": JOIN_ROWS,
-    }
-    launch(linear_join_kernel, (-(-num_rows // JOIN_ROWS),), joined, num_warps=4)
+    linear_join(partials, labels, vocab_size, seen["inner"], table, rows)

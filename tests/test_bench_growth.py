@@ -21,8 +21,8 @@ from benchmarks.deadline import LATE
 from benchmarks.growth import measure_growth
 from benchmarks.growth_fit import fit_exponent, flatness
 from benchmarks.growth_sweeps import Series, Watch, candidates, late_reason, memory_reason
+from benchmarks.live_bytes import memory_of
 from benchmarks.log_plot import UNITS, LogAxis, exponent_text
-from benchmarks.memory import memory_of
 from benchmarks.planned import KEYS, bound_bytes, planned_bytes
 from crpo_kernels import compilation
 
