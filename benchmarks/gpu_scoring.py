@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crpo_kernels.linear_tiles import CANDIDATES, Tile, choose_order, choose_tile, target_of
+from crpo_kernels.linear_tiles import (
+    CANDIDATES,
+    TILES,
+    Tile,
+    choose_order,
+    choose_tile,
+    target_of,
+)
+from crpo_kernels.quantised import quantised
 from crpo_kernels.row_table import OUTPUTS, SUMS, RowTable
 from crpo_kernels.rows import LogitView
 
@@ -28,6 +36,8 @@ from .gpu_scale import Scale
 from .measure import release
 
 BYTES_OF_ROW = 64  # table and constants
+NARROW_ROWS = 257
+NARROW_NATS = 2e-2  # Hopper adds 8-bit products in 14 bits: 2^-13 of logits of some tens, and more
 NATS = {torch.float32: 2e-5, torch.bfloat16: VALUE_LIMIT}
 
 
@@ -75,6 +85,7 @@ def scoring(part: Part, scale: Scale) -> None:
     part.run("special values", lambda: check_special(part, small))
     behaviour = make_inputs(scale.behaviour, device=scale.device)
     part.run("repeatability", lambda: check_repeats(part, behaviour))
+    part.run("8 bits", lambda: check_narrow(part, behaviour.first(NARROW_ROWS)))
     part.run("memory", lambda: check_memory(part, scale, behaviour))
     release(scale.device)
     part.run("offsets beyond int32", lambda: check_wrap(part, scale))
@@ -154,6 +165,29 @@ def check_special(part: Part, inputs: Inputs) -> None:
         part.holds(f"NaN in a row, {way}", bool(lse[3].isnan() and lse.isnan().sum() == 1))
         lse = score(hidden, broken, labels, view, **options).column("lse")
         part.holds(f"NaN in the last column, {way}", bool(lse.isnan().all()))
+
+
+def check_narrow(part: Part, inputs: Inputs) -> None:
+    """A quantised head, against fp64 of what its eight bits stand for; a row of zeros, a NaN."""
+    target = target_of(inputs.hidden.device)
+    if TILES[target].fp8 is None:
+        part.skip("8 bits", f"no tile multiplies e4m3 on {target}")
+        return
+    hidden, weight = inputs.hidden.detach().clone(), inputs.weight.detach()
+    hidden[2], hidden[3, 0] = 0.0, torch.nan
+    states, columns = quantised(hidden), quantised(weight)
+    exact = (pair.values.double() * pair.scales.double().unsqueeze(1) for pair in (states, columns))
+    z = next(exact) @ next(exact).t() / inputs.case.temperature
+    logprobs = z.log_softmax(1).gather(1, inputs.labels.unsqueeze(1)).squeeze(1)
+    others = torch.arange(hidden.shape[0], device=hidden.device) != 3
+    for way, options in ways(states.values, columns.values, (1, 3)):
+        found = score(
+            states.values, columns.values, inputs.labels, plain_view(inputs.case),
+            scales=(states.scales, columns.scales), **options,
+        ).column("logprobs")  # fmt: skip
+        error = float((found.double() - logprobs)[others].abs().max())
+        part.at_most(f"8 bits, {way}: logprobs", error, NARROW_NATS)
+        part.holds(f"8 bits, {way}: NaN in a row", bool(found.isnan().nonzero().tolist() == [[3]]))
 
 
 def check_repeats(part: Part, inputs: Inputs) -> None:

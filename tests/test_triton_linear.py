@@ -20,7 +20,7 @@ import triton_tools
 if reason := triton_tools.why_no_triton():
     pytest.skip(reason, allow_module_level=True)
 
-from crpo_kernels import linear_tiles
+from crpo_kernels import linear_tiles, linear_triton
 from crpo_kernels.launch_triton import recording
 from crpo_kernels.linear_triton import linear_stats
 from crpo_kernels.row_table import OUTPUTS, SUMS, RowTable
@@ -258,6 +258,22 @@ def test_groups_of_rows_cover_everything_once(device, monkeypatch):
     hidden, weight, rows = make(70, 100, 16, device)
     for num_splits in (1, 2, 3):
         assert_stats(run(hidden, weight, rows, num_splits=num_splits), truth_of(rows), NATS)
+
+
+@pytest.mark.parametrize("num_rows", [5, 35])
+def test_more_splits_and_rows_than_are_joined_at_once(num_rows, device):
+    hidden, weight, rows = make(num_rows, 600, 16, device, options=("bias", "tokens"))
+    tile = replace(tile_of(hidden, weight), block_v=16)
+    num_splits = linear_triton.JOIN_SPLITS + 5
+    with recording() as launches:
+        table, own = RowTable(COLUMNS, num_rows, hidden, torch.float32), slice(0, num_rows)
+        operands = hidden, weight, rows.labels, rows.view()
+        linear_stats(*operands, table, own, tile=tile, num_splits=num_splits)
+    joined = launches[-1].arguments
+    assert joined["num_splits"] == num_splits
+    assert -(-num_splits // joined["BLOCK_S"]) == 2  # read one by one, each waits for memory
+    table = run(hidden, weight, rows, tile=tile, num_splits=num_splits)
+    assert_stats(table, truth_of(rows), NATS)
 
 
 def test_runs_repeat_bit_by_bit(device):

@@ -9,6 +9,7 @@ stay in the L2 cache, and each tile of the weight is read by all row tiles of th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -208,6 +209,19 @@ class Order:
     group_tiles: int
 
 
+@lru_cache(maxsize=1024)  # hundreds are compared where rows are few and the kernel takes .1 ms
+def best_splits(row_tiles: int, vocab_tiles: int, programs: int, group: int) -> int:
+    """Parts of the vocabulary that fill the device in the fewest rounds; tiles, and of a group."""
+    least = min(vocab_tiles, -(-programs // group))
+
+    def seconds(splits: int) -> float:
+        """Rounds of all programs times the vocabulary tiles of an item."""
+        rounds = -(-row_tiles * splits // programs)
+        return rounds * (-(-vocab_tiles // splits) + FLUSH_TILES)
+
+    return min(range(least, min(vocab_tiles, 4 * least) + 1), key=seconds)
+
+
 def choose_order(
     shape: tuple[int, int, int],  # n, V, D
     item: int,  # bytes of an element of hidden
@@ -227,13 +241,6 @@ def choose_order(
     programs = units * tile.programs
     group = max(1, min(row_tiles, HIDDEN_CACHE_BYTES // max(1, tile.block_t * dim * item)))
     if num_splits is None:
-        least = min(vocab_tiles, -(-programs // group))
-
-        def seconds(splits: int) -> float:
-            """Rounds of all programs times the vocabulary tiles of an item."""
-            rounds = -(-row_tiles * splits // programs)
-            return rounds * (-(-vocab_tiles // splits) + FLUSH_TILES)
-
-        num_splits = min(range(least, min(vocab_tiles, 4 * least) + 1), key=seconds)
+        num_splits = best_splits(row_tiles, vocab_tiles, programs, group)
     num_splits = min(num_splits, vocab_tiles)
     return Order(min(programs, row_tiles * num_splits), num_splits, group)

@@ -5,8 +5,9 @@
     t  = e^d (t + d s) + sum e^(z-m') (z-m'),   s = e^d s + sum e^(z-m'),   y += z where it is y's
 
 for each row, over the tiles of a split of the vocabulary. The (m, s, t, y) of all splits, fp32
-`[4, splits, n]`, are joined by a second kernel in the order of the splits, which also writes the
-table: no atomics, results repeat bit by bit. `linear_tiles` says tiles, splits and order.
+`[4, splits, n]`, are joined by a second kernel, blocks of splits in their order (few rows have as
+many splits as there are multiprocessors: one after the other, each would wait for memory). It also
+writes the table: no atomics, results repeat bit by bit. `linear_tiles` says tiles, splits, order.
 
 Sums start from the finite -1e30, logits of -inf are -1e30, and columns behind the vocabulary are
 -2e30: below any maximum, so that their exponential is 0 whatever the row. A NaN stays in s. The
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .rows import LogitView
 
 NUM_SUMS = 4  # maximum, sum, weighted sum, the label's logit
-JOIN_ROWS = 128  # of a program that joins the splits
+JOIN_ROWS, JOIN_SPLITS = 32, 32  # of a program that joins the splits, at once
 
 LOG2_E = constant(1.4426950408889634)  # 2^x is one instruction, e^x four
 
@@ -192,6 +193,7 @@ def linear_join_kernel(
     table_ptr,  # [columns, n] of a wider table, fp32, written
     stride_table,
     BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # splits that are read at once
 ):
     """Statistics of a block of rows from the sums of all splits."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -201,19 +203,21 @@ def linear_join_kernel(
     s = tl.zeros([BLOCK_T], tl.float32)
     t = tl.zeros([BLOCK_T], tl.float32)
     y = tl.zeros([BLOCK_T], tl.float32)
-    ptrs = partials_ptr + offs_t
-    for _ in range(num_splits):
-        own_m = tl.load(ptrs, mask=mask_t, other=0.0)
-        own_s = tl.load(ptrs + step, mask=mask_t, other=1.0)
-        own_t = tl.load(ptrs + 2 * step, mask=mask_t, other=0.0)
-        y += tl.load(ptrs + 3 * step, mask=mask_t, other=0.0)
-        top = tl.maximum(m, own_m)
-        d, own_d = m - top, own_m - top
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        ptrs = partials_ptr + splits.to(tl.int64)[:, None] * num_rows + offs_t[None, :]
+        mask = (splits < num_splits)[:, None] & mask_t[None, :]
+        own_m = tl.load(ptrs, mask=mask, other=-1e30)  # [BLOCK_S, BLOCK_T]
+        own_s = tl.load(ptrs + step, mask=mask, other=0.0)
+        own_t = tl.load(ptrs + 2 * step, mask=mask, other=0.0)
+        y += tl.sum(tl.load(ptrs + 3 * step, mask=mask, other=0.0), 0)
+        top = tl.maximum(m, tl.max(own_m, 0))
+        d, own_d = m - top, own_m - top[None, :]
         w, own_w = tl.exp(d), tl.exp(own_d)
-        t = w * (t + d * s) + own_w * (own_t + own_d * own_s)
-        s = w * s + own_w * own_s
+        t = w * (t + d * s) + tl.sum(own_w * (own_t + own_d * own_s), 0)
+        s = w * s + tl.sum(own_w * own_s, 0)
         m = top
-        ptrs += num_rows
+    s = tl.where(mask_t, s, 1.0)
     label = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1)
     is_inside = (label >= 0) & (label < vocab_size)
     label_logit = tl.where(is_inside, y, float("nan"))
@@ -267,6 +271,7 @@ def linear_join(
         "table_ptr": table.values[:, rows],
         "stride_table": table.values.stride(0),
         "BLOCK_T": JOIN_ROWS,
+        "BLOCK_S": JOIN_SPLITS,
     }
     launch(linear_join_kernel, (-(-num_rows // JOIN_ROWS),), arguments, num_warps=4)
 
