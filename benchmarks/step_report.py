@@ -11,7 +11,7 @@ from .step_parts import PARTS, overhead
 OVERHEAD_LIMIT, SPEED_LIMIT = 0.03, 1.3
 # relative L2 distance of the two gradients: fp32 sums in another order; bf16 products rounded
 # at other places (autocast keeps some operations in fp32 that a bf16 model does not)
-GRADIENT_LIMIT = {"float32": 1e-3, "bfloat16": 0.05}
+GRADIENT_LIMIT = {"float32": 1e-4, "bfloat16": 0.05}
 LOSS_LIMIT = {"float32": 1e-5, "bfloat16": 1e-3}  # of an advantage of 1: the loss may cancel
 NORM_LIMIT = {"float32": 1e-4, "bfloat16": 1e-2}
 

@@ -37,6 +37,7 @@ def settings(case: StepCase, folder: str, *, liger: bool) -> Any:
         epsilon=0.2,
         epsilon_high=0.28 if case.objective == "dapo" else 0.2,
         beta=case.kl_coef,
+        use_bias_correction_kl=False,  # k3 as it stands; True gives k3 the gradient of k2
         temperature=1.0,
         learning_rate=case.learning_rate,
         lr_scheduler_type="constant",
