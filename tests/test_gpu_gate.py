@@ -252,6 +252,25 @@ def test_errors_of_candidates_do_not_hide_the_end_of_time():
         step()
 
 
+def test_an_end_of_time_in_a_destructor_comes_again(capfd):
+    class Slow:
+        def __del__(self):
+            time.sleep(0.15)
+
+    def goes_on():
+        slow = Slow()
+        del slow  # the limit falls into its destructor, whose exceptions Python drops
+        time.sleep(1)
+
+    hook = sys.unraisablehook
+    begin = time.monotonic()
+    with pytest.raises(OutOfTime), at_most_seconds(0.05):
+        goes_on()
+    assert time.monotonic() - begin < 0.9
+    assert sys.unraisablehook is hook
+    assert "OutOfTime" not in capfd.readouterr().err
+
+
 def test_a_limit_within_a_limit_leaves_the_outer_one():
     def goes_on():
         with at_most_seconds(100):
