@@ -59,9 +59,14 @@ def cases_of(report: Row) -> list[Row]:
 
 
 def has_rows(report: Row) -> bool:
-    """Whether the report is of a kind that can be compared."""
-    cases = cases_of(report)
-    return bool(cases) and all(isinstance(case, dict) and "name" in case for case in cases)
+    """Whether the report is of a kind that can be compared, and whole."""
+    try:
+        cases, place = cases_of(report), device_of(report)
+        rows = [row for case in cases for row in case.get("rows", ())]
+        whole = all(case["name"] for case in cases) and all(r["key"] and r["title"] for r in rows)
+    except (LookupError, TypeError, AttributeError):
+        return False
+    return bool(cases and place) and whole
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,6 @@ import gc
 import importlib
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .deadline import OutOfTime, at_most_seconds
 from .loss_plot import markdown
 from .machine import machine
 from .options import absent_device
-from .output import RESULTS, positive, positive_seconds, say, write_json
+from .output import RESULTS, out_folder, positive, positive_seconds, say, write_json
 
 SHARES = {  # of the time
     "loss": 0.34,
@@ -56,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OLD.json",
         help="earlier files: each is compared with the part of its kind",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files")
+    parser.add_argument("--out", type=out_folder, default=RESULTS, help="folder of the files")
 
 
 def run(options: argparse.Namespace, command: str) -> int:

@@ -169,7 +169,7 @@ def numbers(row: Row) -> str:
     if row["kind"] != "floor":
         if row.get("floor_share") is not None:
             parts.append(f"{100 * row['floor_share']:.0f} %")
-        if row.get("peak_bytes") is not None:
+        if row.get("peak_bytes") is not None and "peak_bytes" not in row.get("lacks", {}):
             mib = row["peak_bytes"] / 2**20
             parts.append(f"{mib:.{0 if mib >= 32 else 2}f} MiB")
     return ", ".join(parts)

@@ -14,7 +14,6 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ from .growth_sweeps import (
 )
 from .machine import machine
 from .options import absent_device
-from .output import RESULTS, positive, positive_seconds, say
+from .output import RESULTS, out_folder, positive, positive_seconds, say
 from .planned import KEYS, TITLES, planned_bytes
 
 SECONDS = {"cpu": 150.0, "cuda": 240.0}
@@ -65,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sizes(parser)
     parser.add_argument("--threads", type=positive, default=2, help="torch threads (default 2)")
     parser.add_argument("--seconds", type=positive_seconds, help="limit: what is late is dropped")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=out_folder, default=RESULTS)
 
 
 def run(options: argparse.Namespace, command: str) -> int:

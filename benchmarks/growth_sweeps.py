@@ -8,6 +8,7 @@ counted in a run of their own, without generated code.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -133,7 +134,7 @@ def time_point(step: Callable[[], object], watch: Watch, is_first: bool) -> dict
         values = [watch.clock.seconds(step) for _ in range(watch.rounds)]
     values.sort()
     return {
-        "y": values[len(values) // 2],
+        "y": statistics.median(values),
         "low": values[0],
         "high": values[-1],
         "count": len(values),

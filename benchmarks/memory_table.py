@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .live_bytes import memory_of
 from .machine import machine
 from .measure import HIDDEN, release
 from .options import DEVICES, absent_device, cases_of
-from .output import RESULTS, positive, positive_seconds, say
+from .output import RESULTS, out_folder, positive, positive_seconds, say
 from .planned import KEYS, TITLES, bound_bytes, constant_inputs, planned_bytes
 
 SECONDS = {"cpu": 150.0, "cuda": 300.0}
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", help="keys of candidates")
     parser.add_argument("--threads", type=positive, default=2, help="torch threads (default 2)")
     parser.add_argument("--seconds", type=positive_seconds, help="limit: what is late is dropped")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--out", type=out_folder, default=RESULTS, help="folder of the files")
     against.add_argument(parser)
 
 
@@ -60,6 +59,11 @@ def run(options: argparse.Namespace, command: str) -> int:
     """Measure, print the page, write the files; 1 when a bound is exceeded."""
     if reason := absent_device(options.device):
         print(reason)
+        return 2
+    unknown = set(options.only or ()) - set(candidates_of(cases_of(options)[0], options))
+    if unknown:
+        known = ", ".join(candidates_of(cases_of(options)[0], options))
+        print(f"--only: expected keys among {known}, got {', '.join(sorted(unknown))}.")
         return 2
     seconds = options.seconds or SECONDS[options.device]
     report = {**measure_memory(options, time.monotonic() + seconds), "command": command}
@@ -93,12 +97,18 @@ def measure_memory(options: Any, deadline: float) -> dict[str, Any]:
     return {**report, "seconds": round(time.monotonic() - begin, 1)}
 
 
+def candidates_of(case: Case, options: Any) -> dict[str, Candidate]:
+    """Who is measured, by key; ours first, in case that time is short."""
+    device = torch.device(options.device)
+    made = [*loss_candidates(case, device, ["auto"]), *score_candidates(case, device, ["auto"])]
+    made.sort(key=lambda c: ORDER.index(c.kind))
+    return {c.key: c for c in made if not c.is_floor and c.key not in LEFT_OUT}
+
+
 def one_case(case: Case, device: torch.device, options: Any, deadline: float) -> dict[str, Any]:
     """Every candidate of a shape; planned calls of the same head with a GPU's rows."""
     say(f"{case.shape}: {case.name}")
-    made = [*loss_candidates(case, device, ["auto"]), *score_candidates(case, device, ["auto"])]
-    made.sort(key=lambda c: ORDER.index(c.kind))  # ours first, in case that time is short
-    chosen = {c.key: c for c in made if not c.is_floor and c.key not in LEFT_OUT}
+    chosen = candidates_of(case, options)
     only = getattr(options, "only", None)
     rows = []
     inputs: Inputs | None = None

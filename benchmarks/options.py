@@ -14,7 +14,7 @@ import torch
 from crpo_kernels import unsupported_reason
 
 from .cases import DTYPES, SHAPES, Case, named_case
-from .output import RESULTS, positive, positive_seconds
+from .output import RESULTS, out_folder, positive, positive_seconds
 
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "torch", "triton")
@@ -44,7 +44,7 @@ def add_case_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:
     )
     parser.add_argument("--threads", type=positive, default=2, help="torch threads (default 2)")
     parser.add_argument("--gate", action="store_true", help="exit 1 when a target is missed")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--out", type=out_folder, default=RESULTS, help="folder of the files")
     parser.add_argument("--name", type=word, help="added to the names of the result files")
 
 

@@ -51,6 +51,26 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def out_folder(text: str) -> Path:
+    """A folder from the command line, made where it is not there: asked before minutes of work.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot be made or written to.
+    """
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        why = "" if os.access(path, os.W_OK) else "no permission"
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+    if why:
+        raise argparse.ArgumentTypeError(
+            f"expected a folder that can be written to, got {text!r} ({why}). Name one of yours, "
+            "e.g. results."
+        )
+    return path
+
+
 def positive_seconds(text: str) -> float:
     """Seconds above 0 from the command line.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from .gpu_report import plain
 from .machine import place as place
-from .output import RESULTS, write_json
+from .output import RESULTS, out_folder, write_json
 
 DRAWERS = {  # kind of a report -> the module that draws it
     "loss": "loss_plot",
@@ -48,19 +48,23 @@ def publish(report: dict[str, Any], stem: Path) -> None:
 
 
 def draw(report: dict[str, Any], stem: Path) -> list[Path]:
-    """All but the JSON; a picture of further shapes only where there are some."""
+    """All but the JSON; a picture of further shapes only where there are some.
+
+    All is made before anything is written: a report that lacks something leaves no files.
+    """
     module = drawer(report)
     shapes = stem.with_name(f"{stem.name}_shapes.svg")
     pictures = {stem.with_suffix(".svg"): module.svg(report)}
     pictures[shapes] = module.svg_of_shapes(report) if hasattr(module, "svg_of_shapes") else None
     texts = {stem.with_suffix(".md"): module.page(report), **pictures}
+    rows = module.csv_rows(report)
     for path, text in texts.items():
         if text:
             path.write_text(text, encoding="utf-8")
         else:
             path.unlink(missing_ok=True)  # of an earlier run that had something to draw there
     table = stem.with_suffix(".csv")
-    write_csv(table, module.csv_rows(report))
+    write_csv(table, rows)
     return [*(path for path, text in texts.items() if text), table]
 
 
@@ -95,7 +99,9 @@ def committed() -> list[Path]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("files", nargs="*", type=Path, metavar="file.json", help="result files")
-    parser.add_argument("--out", type=Path, help="folder of what is drawn (default: the file's)")
+    parser.add_argument(
+        "--out", type=out_folder, help="folder of what is drawn (default: the file's)"
+    )
 
 
 def run(options: argparse.Namespace, command: str) -> int:  # noqa: ARG001
@@ -108,12 +114,17 @@ def run(options: argparse.Namespace, command: str) -> int:  # noqa: ARG001
             folder.mkdir(parents=True, exist_ok=True)
             print("written:", *draw(report, folder / file.stem))
         except NoDrawing as reason:
-            print(
-                f"plot: {file}: {reason}. Type python -m benchmarks plot <a .json that a "
-                "measurement wrote>."
-            )
+            print(refusal(file, str(reason)))
+            status = 2
+        except (LookupError, TypeError, AttributeError) as reason:
+            print(refusal(file, f"expected a whole report, got {type(reason).__name__}: {reason}"))
             status = 2
     return status
+
+
+def refusal(file: Path, reason: str) -> str:
+    """What is wrong with a file and what to type."""
+    return f"plot: {file}: {reason}. Type python -m benchmarks plot <a .json of a measurement>."
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from crpo_fast.config import DEFAULT_CONFIG, load_config
 
 from . import dual
 from .machine import machine
-from .output import RESULTS, write_json
+from .output import RESULTS, out_folder, write_json
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time")
     parser.add_argument("--threads", type=int, default=0, help="threads of a run (0: all cores)")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark_quickstart"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=out_folder, default=RESULTS)
 
 
 def run(options: argparse.Namespace, command: str) -> int:

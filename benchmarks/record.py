@@ -7,14 +7,14 @@ from pathlib import Path
 
 from . import readme
 from .machine import machine
-from .output import RESULTS, write_json
+from .output import RESULTS, out_folder, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("run_dir", metavar="run", type=Path, help="its folder")
     parser.add_argument("name", choices=sorted(readme.RUNS), help="its config")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=out_folder, default=RESULTS)
 
 
 def run(options: argparse.Namespace, command: str) -> int:

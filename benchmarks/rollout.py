@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from .deadline import LATE, OutOfTime, at_most_seconds
 from .live_bytes import LiveBytes, counting
 from .machine import machine
 from .options import absent_device, device_of
-from .output import RESULTS, say
+from .output import RESULTS, out_folder, say
 from .rollout_case import CANDIDATES, RolloutCase, attention_of, trainer_differences
 from .step_case import MODELS, model_config
 
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=list(CANDIDATES), help="these alone")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed (default {ROUNDS})")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=out_folder, default=RESULTS)
 
 
 def run(options: argparse.Namespace, command: str) -> int:

@@ -28,7 +28,7 @@ from .deadline import LATE
 from .machine import gpu_name, machine
 from .needs import installed_version
 from .options import absent_device
-from .output import RESULTS, say
+from .output import RESULTS, out_folder, say
 from .step_case import (
     MODELS,
     StepCase,
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--only", nargs="+", choices=sorted(TITLES), help="these trainers alone")
     parser.add_argument("--gate", action="store_true", help="exit 1 when a target is missed")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=out_folder, default=RESULTS)
     against.add_argument(parser)
 
 

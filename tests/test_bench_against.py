@@ -141,7 +141,15 @@ def test_files_that_do_not_fit_say_what_to_type(
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"cases": [1]}', None])
+NO_MACHINE = '{"kind": "loss", "cases": [{"name": "a", "rows": []}]}'
+NO_TITLE = (
+    '{"machine": {"cpu": "x"}, "kind": "loss", "cases": [{"name": "a", "rows": [{"key": 1}]}]}'
+)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[]", '{"cases": [1]}', '{"kind": "step"}', NO_MACHINE, NO_TITLE, None]
+)
 def test_what_is_no_result_file_is_refused_before_the_work(
     text: str | None, tmp_path: Path
 ) -> None:

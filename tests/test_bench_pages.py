@@ -126,6 +126,15 @@ def test_bars_show_bands_floor_and_reasons() -> None:
     assert "prefers-color-scheme:dark" in picture
 
 
+def test_bytes_that_nobody_saw_are_no_zero_in_the_picture() -> None:
+    report = report_cases.report()
+    row = next(r for r in report["cases"][0]["rows"] if r["key"] == "naive")
+    row |= {"peak_bytes": 0, "lacks": {"peak_bytes": "no counter sees them"}}
+    assert bars.numbers(row) == "2400 ms, 50 %"
+    row["lacks"] = {}
+    assert bars.numbers(row) == "2400 ms, 50 %, 0.00 MiB"
+
+
 def test_plot_draws_a_file_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = plot.write(report_cases.report(), tmp_path / "loss_cpu")
     before = {file.name: file.read_bytes() for file in files}
@@ -140,9 +149,14 @@ def test_plot_draws_a_file_again(tmp_path: Path, capsys: pytest.CaptureFixture[s
     plot.write({**report, "cases": report["cases"][:1]}, tmp_path / "loss_cpu")
     assert not (tmp_path / "loss_cpu_shapes.svg").exists()
     (tmp_path / "other.json").write_text('{"runs": []}')
+    del report["cases"][0]["rows"][1]["seconds"]
+    (tmp_path / "torn.json").write_text(json.dumps(report))
     capsys.readouterr()
     assert main(["plot", str(tmp_path / "other.json")]) == 2
     assert main(["plot", str(tmp_path / "absent.json")]) == 2
     said = capsys.readouterr().out
     assert "expected a report with a kind among loss, score" in said
     assert said.count("Type python -m benchmarks plot") == 2
+    assert main(["plot", str(tmp_path / "torn.json")]) == 2
+    assert "expected a whole report, got KeyError: 'seconds'" in capsys.readouterr().out
+    assert not (tmp_path / "torn.svg").exists()

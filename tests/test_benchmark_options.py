@@ -19,6 +19,16 @@ MISTAKES = {
         ["gpu-gate", "--rehearse", "--json", "{folder}"],
         r"--json: expected a file that can be written, got '.*' \(a folder\)\. Name one",
     ),
+    "a file for a folder": (
+        ["loss", "--out", "{file}"],
+        r"--out: expected a folder that can be written to, got '.*file' \(.*\)\. Name one",
+    ),
+    "no folder can be made for all": (
+        ["--device", "cpu", "--out", "{file}/in"],
+        r"--out: expected a folder that can be written to, got '.*in' \(.*\)\. Name one",
+    ),
+    "no threads for all": (["all", "--threads", "0"], r"--threads: .* above 0, got '0'"),
+    "no threads": (["growth", "--threads", "-2"], r"--threads: .* above 0, got '-2'"),
     "no time": (["compile-gate", "--timeout", "-1"], r"--timeout: .* above 0, got '-1'\. Write"),
     "no number": (["gpu-gate", "--seconds", "nan"], r"--seconds: .* above 0, got 'nan'\. Write"),
     "V beyond int32": (
@@ -39,6 +49,13 @@ def test_a_mistake_is_named(
     assert stop.value.code == 2
     said = " ".join(capfd.readouterr().err.split())
     assert re.search(message, said), said
+
+
+def test_memory_names_keys_that_nobody_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "--only", "one_pass", "nobody"]) == 2
+    assert re.search(
+        r"--only: expected keys among one_pass, .*naive.*, got nobody\.", capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("name", ["nowhere", "no_such_module:f", "json:no_such_function"])
