@@ -27,12 +27,12 @@ from .options import absent_device
 from .output import RESULTS, out_folder, positive, positive_seconds, say, write_json
 
 SHARES = {  # of the time
-    "loss": 0.34,
-    "score": 0.12,
-    "memory": 0.08,
-    "growth": 0.18,
-    "rollout": 0.08,
-    "step": 0.20,
+    "loss": 0.43,
+    "score": 0.11,
+    "memory": 0.06,
+    "growth": 0.15,
+    "rollout": 0.07,
+    "step": 0.18,
 }
 SECONDS = 560.0  # of the ten minutes; the rest is the start, and what is under way at the end
 GRACE = 15.0  # seconds after the end of all when a part is broken off with its results

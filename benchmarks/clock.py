@@ -23,6 +23,7 @@ from .cases import Inputs
 from .deadline import LATE, OutOfTime, at_most_seconds
 
 KINDS = ("warm", "cold")
+VITAL = ("one_pass", "scored", "naive", "naive_scored")
 NO_COLD = f"{LATE}; the warm step followed another candidate's instead of its own"
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -108,7 +109,7 @@ def measure_seconds(
         say: told of every step.
         expected: seconds of a step of each candidate, for `until`.
         until: `time.monotonic`; candidates that would not be done by then skip the round. First to
-            go are further rounds, then cold steps, then candidates.
+            go are further rounds of those that are not vital, then their cold steps, then they.
     """
     times: Times = {candidate.key: {kind: [] for kind in KINDS} for candidate in candidates}
     missing: dict[str, str] = {}
@@ -117,9 +118,9 @@ def measure_seconds(
             key, wanted = candidate.key, rounds if candidate.rounds is None else candidate.rounds
             if key in missing or turn >= wanted:
                 continue
-            others = [] if turn else [expected[later.key] for later in candidates[place + 1 :]]
+            others = kept_for_others(candidates, place, expected, turn, rounds)
             left = until - time.monotonic()
-            kinds = kinds_in_time(left, expected[key], sum(others), turn)
+            kinds = kinds_in_time(left, expected[key], others, turn)
             try:
                 for kind in kinds:
                     left = until - time.monotonic()
@@ -132,6 +133,29 @@ def measure_seconds(
                 missing[key] = f"{type(error).__name__}: {str(error)[:200]}"
     late = {key: LATE for key, found in times.items() if not found["warm"]}
     return times, late | missing
+
+
+def is_vital(candidate: Candidate) -> bool:
+    """Whether the table says little without it: the floor, ours in its usual mode, plain torch."""
+    return candidate.is_floor or candidate.key in VITAL
+
+
+def kept_for_others(
+    candidates: list[Candidate], place: int, expected: dict[str, float], turn: int, rounds: int
+) -> float:
+    """Seconds that are left to others when the candidate at ``place`` begins.
+
+    Two steps of each vital one behind it, in the first round one of each other; where it is not
+    vital itself, all further rounds of the vital ones.
+    """
+    kept = 0.0
+    for candidate in candidates[place + 1 :]:
+        steps = 2 if is_vital(candidate) else int(turn == 0)
+        kept += steps * expected[candidate.key]
+    if not is_vital(candidates[place]):
+        vital = sum(expected[c.key] for c in candidates if is_vital(c))
+        kept += 2 * (rounds - turn - 1) * vital
+    return kept
 
 
 def kinds_in_time(left: float, expected: float, others: float, turn: int) -> tuple[str, ...]:

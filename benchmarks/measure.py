@@ -15,7 +15,7 @@ import crpo_kernels.call as kernel_call
 from .accuracy import Truth
 from .baselines import FLOORS, NAIVE, BareProducts, Candidate
 from .cases import Case, Inputs, make_inputs
-from .clock import NO_COLD, Clock, Times, measure_seconds, summary
+from .clock import NO_COLD, Clock, Times, is_vital, measure_seconds, summary
 from .deadline import LATE, OutOfTime, at_most_seconds
 from .live_bytes import memory_of
 from .output import say
@@ -124,7 +124,7 @@ def measure(
     for candidate in candidates:
         if candidate.key in found.missing:
             continue
-        left = until - time.monotonic() - reserve(candidates, found)
+        left = until - time.monotonic() - reserve(candidates, found, rounds)
         if left < LEAST_FLOORS * min(found.expected.values(), default=0.0):
             found.missing[candidate.key] = LATE
             say(f"{candidate.title}: {LATE}")
@@ -163,9 +163,13 @@ def absent(candidates: list[Candidate], case: Case, device: torch.device) -> dic
     return {key: why for key, why in reasons.items() if why}
 
 
-def reserve(candidates: list[Candidate], found: Measurements) -> float:
-    """Seconds that one round of those looked at will take, cold steps not counted."""
-    return sum(found.expected.get(c.key, 0.0) for c in candidates if c.key not in found.missing)
+def reserve(candidates: list[Candidate], found: Measurements, rounds: int) -> float:
+    """Seconds that are kept for those looked at: all rounds of the vital ones, a step of others."""
+    return sum(
+        found.expected.get(c.key, 0.0) * (2 * rounds if is_vital(c) else 1)
+        for c in candidates
+        if c.key not in found.missing
+    )
 
 
 def look_at(

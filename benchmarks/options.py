@@ -18,7 +18,7 @@ from .output import RESULTS, out_folder, positive, positive_seconds
 
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "torch", "triton")
-CPU_ROUNDS, GPU_ROUNDS = 5, 15
+CPU_ROUNDS, GPU_ROUNDS = 3, 15
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, seconds: float) -> None:

@@ -22,10 +22,9 @@ from .measure import measure, release, sizes_of
 from .options import cases_of, device_of, refusal, rounds_of, seconds_of
 from .output import say
 
-FIRST_SHARE = 4.0  # of the time: the first case counts for so many of the others
-# on a CPU, whose whole run has minutes, the further shapes have the floor, ours in its usual mode,
-# plain torch and these
-NEAR = ("one_pass", "liger", "trl", "scored", "liger_scored", "trl_scored")
+FIRST_SHARE = 3.0  # of the time: the first case counts for so many of the others
+# beside the floor and plain torch, at the further shapes of a CPU's whole run, which has minutes
+NEAR = ("one_pass", "scored", "trl_scored")
 ELSEWHERE = "on a CPU beside the first shape alone; --shape measures it at this one"
 
 

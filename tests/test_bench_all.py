@@ -96,7 +96,7 @@ def test_options_without_a_command_run_all_and_write_the_files(
     assert [name for name, *_ in calls] == ["loss", "score"]
     (_, options, first), (_, _, second) = calls
     assert (options.device, options.rounds, options.out) == ("cpu", 3, tmp_path)
-    loss, score = 0.34, 0.12
+    loss, score = everything.SHARES["loss"], everything.SHARES["score"]
     assert first == pytest.approx(100 * loss / (loss + score), abs=1)
     assert second == pytest.approx(100, abs=1)  # what the first one left is not lost
     names = {f"{part}_cpu{end}" for part in calls_of(calls) for end in ENDS} | {"all_cpu.json"}

@@ -13,7 +13,7 @@ import torch
 from benchmarks import clock
 from benchmarks.baselines import Candidate, Result
 from benchmarks.cases import Case, make_inputs
-from benchmarks.clock import Clock, cpu_cache_bytes, measure_seconds, summary
+from benchmarks.clock import Clock, cpu_cache_bytes, kept_for_others, measure_seconds, summary
 from benchmarks.deadline import LATE
 
 CPU = torch.device("cpu")
@@ -147,3 +147,16 @@ def test_a_peer_that_raises_when_timed_has_the_reason(monkeypatch):
     )
     assert missing == {"x": "ValueError: too odd"}
     assert len(times["y"]["cold"]) == 2
+
+
+def test_rounds_of_what_says_most_are_kept_while_peers_run():
+    def candidate(key: str, kind: str) -> Candidate:
+        return Candidate(key, key, lambda inputs: Result(), kind)
+
+    names = [("products", "floor"), ("one_pass", "ours"), ("trl", "peer"), ("two_pass", "ours")]
+    candidates = [candidate(key, kind) for key, kind in names]
+    expected = {"products": 1.0, "one_pass": 2.0, "trl": 5.0, "two_pass": 7.0}
+    kept = [kept_for_others(candidates, place, expected, 0, 3) for place in range(4)]
+    # behind: two steps of the vital, one of the others; before a peer all further rounds
+    assert kept == [4 + 5 + 7, 5 + 7, 7 + 4 * 3, 4 * 3]
+    assert kept_for_others(candidates, 2, expected, 2, 3) == 0  # the last round, nothing behind
