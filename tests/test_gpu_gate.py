@@ -14,8 +14,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu_behaviour, gpu_gate
+from benchmarks import gpu_behaviour, gpu_gate, gpu_scoring
 from benchmarks.__main__ import main
+from benchmarks.cases import make_inputs
 from benchmarks.deadline import LATE, OutOfTime, at_most_seconds
 from benchmarks.gpu_report import CannotRun, Part, plain
 from benchmarks.gpu_scale import real_scale, rehearsal_scale
@@ -158,6 +159,24 @@ def spoil_stats(monkeypatch, spoil):
 def test_a_nan_that_is_lost_fails(monkeypatch):
     spoil_stats(monkeypatch, lambda table: table.values.nan_to_num_())
     assert "NaN in hidden, one_pass: counted, the loss is NaN" in failed(run("nan"), "nan")
+
+
+@interpreted
+def test_a_lost_scale_of_an_eight_bit_row_fails(monkeypatch):
+    part, scale = Part("scoring", 100.0), rehearsal_scale()
+    inputs = make_inputs(scale.behaviour, device=scale.device)
+    gpu_scoring.check_narrow(part, inputs)
+    assert all(check["is_met"] for check in part.checks)
+    right = linear_triton.linear_stats
+
+    def wrong(*arguments, scales, **options):
+        right(*arguments, scales=(scales[0] * 1.1, scales[1]), **options)
+
+    monkeypatch.setattr(linear_triton, "linear_stats", wrong)
+    gpu_scoring.check_narrow(part, inputs)
+    assert {check["name"].split(": ")[-1] for check in part.checks if not check["is_met"]} == {
+        "logprobs"
+    }
 
 
 @interpreted
