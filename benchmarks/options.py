@@ -117,8 +117,8 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     """The cases that the options mean, but for --inputs."""
     if getattr(options, "sizes", None):  # memory has no such option
         return [
-            Case(*size, DTYPES[dtype], shape=f"T{size[0]} V{size[1]} D{size[2]}")
-            for size in options.sizes
+            Case(rows, vocab, dim, DTYPES[dtype], shape=f"T{rows} V{vocab} D{dim}")
+            for rows, vocab, dim in options.sizes
             for dtype in options.dtype
         ]
     asked = {"num_rows": options.rows, "vocab_size": options.vocab, "dim": options.dim}

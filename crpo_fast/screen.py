@@ -103,8 +103,9 @@ def _model(session: Session) -> str:
     text = model.config.get_text_config()
     tied = "tied" if text.tie_word_embeddings else "own"
     source = config.path or "built here"
+    layers = f"{(n := text.num_hidden_layers)} layer{'s' * (n > 1)}"
     return (
-        f"{source}: {text.model_type}, {text.num_hidden_layers} layer(s), hidden "
+        f"{source}: {text.model_type}, {layers}, hidden "
         f"{text.hidden_size}, vocabulary {text.vocab_size:,}, {tied} head"
     )
 
@@ -140,7 +141,7 @@ def _dtype(session: Session) -> str:
 
 
 def _asked(key: str, value: str, default: str) -> str:
-    return "the default" if value == default else f"asked for by {key}"
+    return "the default" if value == default else f"by {key}"
 
 
 def _loss_choice(session: Session) -> tuple[str, str]:

@@ -124,6 +124,16 @@ def clean():
     ]
 
 
+def shipped():
+    """Of the package's own launches the first of each kernel, mode and set of targets."""
+    from benchmarks.shipped_calls import shipped_jobs
+
+    first = {}
+    for job in (job for job in shipped_jobs() if not job.is_exact):
+        first.setdefault((job.kernel.__name__, job.name.split()[0], job.targets), job)
+    return list(first.values())
+
+
 def refused():
     """Each of these fails on sm_90."""
     return [

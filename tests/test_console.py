@@ -239,16 +239,16 @@ def test_first_screen_says_what_and_why(
     rows = {x[2:13].strip(): x[14:] for x in lines[1:end] if x[2:13].strip()}
     assert end <= 20
     assert max(map(len, lines[:end])) <= 110
-    assert rows["model"] == ("built here: llama, 1 layer(s), hidden 16, vocabulary 700, tied head")
+    assert rows["model"] == ("built here: llama, 1 layer, hidden 16, vocabulary 700, tied head")
     assert rows["parameters"].startswith("0.01 M, all trained; 0.2 MiB a rank with gradients")
     assert rows["ranks"].startswith("1 on cpu, ")
-    assert rows["dtype"] == "float32 compute (asked for by model.compute_dtype), float32 masters"
+    assert rows["dtype"] == "float32 compute (by model.compute_dtype), float32 masters"
     assert rows["attention"] == "sdpa_packed: sdpa, as flash attention does not run on cpu"
     assert rows["loss"].startswith("backend torch (triton does not run: ")
     assert "row passes eager: the call has too few logits to pay" in " ".join(
         x.strip() for x in lines[:end]
     )
-    assert rows["rollouts"].startswith("static (asked for by rollout.engine): one padded batch")
+    assert rows["rollouts"].startswith("static (by rollout.engine): one padded batch")
     assert rows["data"].startswith("synthetic: 32 train rows, 32 cold-start; 64 test rows in 8")
     assert rows["phases"] == "sft 1 steps, then crpo 1 steps"
     assert "entropy.reference_length 80" in lines[end]
@@ -276,8 +276,9 @@ def test_quiet_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("warning: entropy.magnitude")
     assert lines[1] == "weighted F1 and format rate on held-out rows, percent"
-    assert lines[-2].startswith(f"model: {tmp_path / 'r' / 'final'}")
-    assert lines[-1] == f"report: {tmp_path / 'r' / 'report.html'}"
+    assert lines[-3].startswith(f"model: {tmp_path / 'r' / 'final'}")
+    assert lines[-2] == f"report: {tmp_path / 'r' / 'report.html'}"
+    assert lines[-1].startswith("wall time ")
     assert not [x for x in lines if x.startswith(("phase", "sft", "crpo", "evaluation"))]
 
 
@@ -306,7 +307,7 @@ def test_a_run_on_a_terminal(tmp_path: Path) -> None:
     assert any(re.match(r"sft 2/2 +loss", x) for x in lines)
     assert any(re.match(r"crpo 2/2 +reward", x) for x in lines)
     first_screen = text[: text.index("warning: ")].split("\r\n")[:-1]
-    assert len(first_screen) <= 21
+    assert len(first_screen) <= 20
     live = [x for x in lines if re.match(r"(sft|crpo) \d/2|load ", x)]
     assert max(map(len, live)) <= 80
     assert not COLOUR.search(text)

@@ -94,6 +94,8 @@ def test_the_same_run_with_the_interpreter_picks_triton_and_says_so(
     """A step of cold start and two of CRPO, whose rewards differ within every group."""
     arguments = [TINY, "--phases.0.steps", "1", "--phases.1.steps", "2", "--checkpoint.every", "0"]
     arguments += ["--rewards.functions", "faulty_rewards:length", "--eval.limit", "1"]
+    arguments += ["--phases.0.sequences_per_step", "2", "--rollout.prompts_per_step", "1"]
+    arguments += ["--rollout.max_tokens", "8"]
     folders = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(folders)
