@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ class CannotCompare(ValueError):
     """Two files that do not fit each other; the text says what to type."""
 
 
-def old_report(text: str) -> Row:
+def old_report(text: str, kind: str | None = None) -> Row:
     """A result file from the command line, read before minutes of work.
 
+    Args:
+        text: its path.
+        kind: of the report that will stand beside it; None: any.
+
     Raises:
-        argparse.ArgumentTypeError: it cannot be read or is no report with rows.
+        argparse.ArgumentTypeError: it cannot be read, is no report with rows, or another kind's.
     """
     where = f"expected a result file of an earlier run, got {text!r}"
     remedy = "Type --against benchmarks/results/loss_cpu.json, or any .json that --out received."
@@ -47,7 +52,17 @@ def old_report(text: str) -> Row:
         raise argparse.ArgumentTypeError(f"{where} (no JSON: {reason}). {remedy}") from reason
     if not isinstance(report, dict) or not has_rows(report):
         raise argparse.ArgumentTypeError(f"{where} (it has no cases with rows). {remedy}")
+    if kind is not None and report.get("kind") != kind:
+        raise argparse.ArgumentTypeError(other_kind(kind, report, text))
     return {**report, "file": text}
+
+
+def other_kind(kind: str, old: Row, file: str) -> str:
+    """Why a report of another command is not compared, and what to type."""
+    return (
+        f"expected a report of {kind!r}, got one of {old.get('kind', '?')!r} ({file}). "
+        f"Type python -m benchmarks {old.get('kind', '?')} --against {file}"
+    )
 
 
 def cases_of(report: Row) -> list[Row]:
@@ -69,11 +84,11 @@ def has_rows(report: Row) -> bool:
     return bool(cases and place) and whole
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
-    """`--against` for a command whose report has cases with rows."""
+def add_argument(parser: argparse.ArgumentParser, kind: str) -> None:
+    """`--against` for a command whose report of ``kind`` has cases with rows."""
     parser.add_argument(
         "--against",
-        type=old_report,
+        type=partial(old_report, kind=kind),
         metavar="OLD.json",
         help="print changes against this file; exit 1 with a regression, 2 if it does not fit",
     )
@@ -124,10 +139,7 @@ def matched(new: Row, old: Row) -> list[tuple[Row, Row]]:
     file = old.get("file", "the old file")
     kinds = [report.get("kind", "?") for report in (new, old)]
     if kinds[0] != kinds[1]:
-        raise CannotCompare(
-            f"expected a report of {kinds[0]!r}, got one of {kinds[1]!r} ({file}). "
-            f"Type python -m benchmarks {kinds[1]} --against {file}"
-        )
+        raise CannotCompare(other_kind(kinds[0], old, file))
     devices = ["cuda" if "gpu" in report["machine"] else "cpu" for report in (new, old)]
     if devices[0] != devices[1]:
         raise CannotCompare(

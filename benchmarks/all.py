@@ -63,8 +63,13 @@ def run(options: argparse.Namespace, command: str) -> int:
     if reason := absent_device(options.device):
         print(reason)
         return 2
-    begin = time.monotonic()
     names = [name for name in SHARES if options.only is None or name in options.only]
+    for old in options.against:
+        if old.get("kind") not in names:
+            expected = f"expected files of {', '.join(names)}, the parts of this run"
+            print(f"--against: {expected}, got one of {old.get('kind')!r} ({old['file']}).")
+            return 2
+    begin = time.monotonic()
     states: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(names):
         left = options.seconds - (time.monotonic() - begin)

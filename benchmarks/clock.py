@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .bars import shortened
 from .baselines import Candidate
 from .cases import Inputs
 from .deadline import LATE, OutOfTime, at_most_seconds
@@ -130,7 +131,7 @@ def measure_seconds(
             except (Exception, OutOfTime) as error:
                 if candidate.is_ours or candidate.is_floor:
                     raise
-                missing[key] = f"{type(error).__name__}: {str(error)[:200]}"
+                missing[key] = f"{type(error).__name__}: {shortened(str(error), 200)}"
     late = {key: LATE for key, found in times.items() if not found["warm"]}
     return times, late | missing
 

@@ -24,7 +24,7 @@ FEWEST_ROWS = 512
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_case_arguments(parser, CPU_SECONDS)
-    against.add_argument(parser)
+    against.add_argument(parser, "loss")
 
 
 def run(options: argparse.Namespace, command: str) -> int:

@@ -13,6 +13,7 @@ import torch
 import crpo_kernels.call as kernel_call
 
 from .accuracy import Truth
+from .bars import shortened
 from .baselines import FLOORS, NAIVE, BareProducts, Candidate
 from .cases import Case, Inputs, make_inputs
 from .clock import NO_COLD, Clock, Times, is_vital, measure_seconds, summary
@@ -139,7 +140,7 @@ def measure(
         except (Exception, OutOfTime) as error:
             if candidate.is_floor or (candidate.is_ours and not candidate.may_refuse):
                 raise
-            found.missing[candidate.key] = f"{type(error).__name__}: {str(error)[:200]}"
+            found.missing[candidate.key] = f"{type(error).__name__}: {shortened(str(error), 200)}"
             say(f"{candidate.title} cannot run: {found.missing[candidate.key]}")
         release(clock.device)
     present = [candidate for candidate in candidates if candidate.key not in found.missing]

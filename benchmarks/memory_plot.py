@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from .bars import COLOURS, WIDTH, framed, shortened, text
@@ -69,25 +70,36 @@ def svg(report: dict[str, Any]) -> str:
         )
         for title, rows in panels:
             body += panel(title, rows, y)
-            y += PANEL + len(rows) * (BAR + GAP)
+            y += PANEL + num_lines(rows) * (BAR + GAP)
     title = "Peak bytes beyond inputs and outputs"
     return framed(report["machine"], title, body, y)
 
 
+def reasons(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """How many rows each reason keeps from being there."""
+    return Counter(row["missing"] for row in rows if "missing" in row)
+
+
+def num_lines(rows: list[dict[str, Any]]) -> int:
+    """Lines of a panel."""
+    return sum("missing" not in row for row in rows) + len(reasons(rows))
+
+
 def panel(title: str, rows: list[dict[str, Any]], top: float) -> list[str]:
-    """The bars of some rows, each as long as its share of the largest."""
-    most = max((row["peak_bytes"] for row in rows if "missing" not in row), default=1)
+    """The bars of some rows, each as long as its share of the largest; a line for each reason."""
+    measured = [row for row in rows if "missing" not in row]
+    most = max((row["peak_bytes"] for row in measured), default=1)
     parts = [text(16, top + 14, title, 'class="shape"')]
-    for index, row in enumerate(rows):
+    for index, row in enumerate(measured):
         y = top + 24 + index * (BAR + GAP)
         parts.append(text(LABEL - 8, y + 11, row["title"], 'text-anchor="end"'))
-        if "missing" in row:
-            parts.append(text(LABEL, y + 11, shortened(row["missing"]), 'class="quiet"'))
-            continue
         length = max(1.0, (WIDTH - LABEL - TAIL) * row["peak_bytes"] / max(most, 1))
         box = f'x="{LABEL}" y="{y:g}" width="{length:.1f}" height="{BAR}"'
         parts.append(f'<rect {box} fill="{COLOURS[row["kind"]]}"/>')
         parts.append(text(LABEL + length + 6, y + 11, bytes_text(row["peak_bytes"])))
+    for index, (reason, count) in enumerate(reasons(rows).items(), len(measured)):
+        words = shortened(f"{count} not measured: {reason}")
+        parts.append(text(LABEL, top + 35 + index * (BAR + GAP), words, 'class="quiet"'))
     return parts
 
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=2, help="torch threads (default 2)")
     parser.add_argument("--seconds", type=positive_seconds, help="limit: what is late is dropped")
     parser.add_argument("--out", type=out_folder, default=RESULTS, help="folder of the files")
-    against.add_argument(parser)
+    against.add_argument(parser, "memory")
 
 
 def run(options: argparse.Namespace, command: str) -> int:

@@ -20,7 +20,7 @@ CPU_SECONDS = 70.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_case_arguments(parser, CPU_SECONDS)
-    against.add_argument(parser)
+    against.add_argument(parser, "score")
 
 
 def run(options: argparse.Namespace, command: str) -> int:

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(TITLES), help="these trainers alone")
     parser.add_argument("--gate", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--out", type=out_folder, default=RESULTS)
-    against.add_argument(parser)
+    against.add_argument(parser, "step")
 
 
 def run(options: argparse.Namespace, command: str) -> int:

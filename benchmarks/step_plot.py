@@ -7,7 +7,7 @@ from typing import Any
 
 from .bars import STYLE
 from .loss_plot import MET, markdown
-from .machine import headline
+from .machine import device_name, headline
 from .step_parts import PARTS
 
 COLOURS = {
@@ -174,8 +174,9 @@ def svg(report: dict[str, Any]) -> str:
     rows = present(report)
     longest = max((row["seconds"]["median"] for row in rows), default=1.0)
     legend = 26 * -(-len(PARTS) // 3)
-    height = 64 + len(rows) * (BAR + 34) + legend
-    case = report["case"]
+    height = 82 + len(rows) * (BAR + 34) + legend
+    case, machine = report["case"], report["machine"]
+    where = f"{device_name(machine)}, {machine['date']}"
     title = f"One optimizer step, {case['model']} {case['dtype']}: seconds by part"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
@@ -183,10 +184,11 @@ def svg(report: dict[str, Any]) -> str:
         f"<style>{STYLE}</style>",
         f'<rect class="page" width="{WIDTH}" height="{height}"/>',
         f'<text class="title" x="{LEFT}" y="28">{escape(title)}</text>',
+        f'<text class="quiet" x="{LEFT}" y="47">{escape(where)}</text>',
     ]
     scale = (WIDTH - 2 * LEFT) / longest
     for index, row in enumerate(rows):
-        lines += _bar(row, 56 + index * (BAR + 34), scale)
+        lines += _bar(row, 74 + index * (BAR + 34), scale)
     for index, (name, text) in enumerate(PARTS.items()):
         x, y = LEFT + 265 * (index % 3), height - legend + 26 * (index // 3)
         lines.append(f'<rect x="{x}" y="{y}" width="14" height="14" fill="{COLOURS[name]}"/>')

@@ -46,7 +46,11 @@ def run_suite(
         print(reason)
         return 2
     until = time.monotonic() + seconds_of(options, cpu_seconds)
-    report: dict[str, Any] = {"command": command, **measure_kind(options, until)}
+    try:
+        report: dict[str, Any] = {"command": command, **measure_kind(options, until)}
+    except SystemExit as mistake:  # a key or a model that cannot be right; 1 is a missed target's
+        print(mistake)
+        return 2
     stem = "_".join([kind, options.device, *([options.name] if options.name else [])])
     plot.publish(report, options.out / stem)
     status = against.check(report, options.against, options.only)

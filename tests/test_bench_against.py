@@ -13,6 +13,7 @@ import pytest
 
 import report_cases
 from benchmarks import against
+from benchmarks.__main__ import main
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -139,6 +140,22 @@ def test_files_that_do_not_fit_say_what_to_type(
     old = {**report_cases.report(), **changed, "file": "o.json"}
     assert against.check(report_cases.report(), old) == 2
     assert said in capsys.readouterr().out
+
+
+def test_another_kind_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(report_cases.report("score")))
+    for command in ("loss", "memory", "step"):
+        with pytest.raises(SystemExit):
+            main([command, "--against", str(file)])
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"expected a report of '{command}', got one of 'score'" in said
+        assert f"Type python -m benchmarks score --against {file}" in said
+    words = ["--only", "loss", "step", "--out", str(tmp_path), "--against", str(file)]
+    assert main(["all", *words]) == 2
+    assert "expected files of loss, step, the parts of this run" in capsys.readouterr().out
 
 
 NO_MACHINE = '{"kind": "loss", "cases": [{"name": "a", "rows": []}]}'

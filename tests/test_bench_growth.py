@@ -281,4 +281,7 @@ def test_memory_that_comes_too_late_says_so(tmp_path):
     (case,) = json.loads((tmp_path / "memory_cpu.json").read_text())["cases"]
     reasons = {row["key"]: row["missing"] for row in case["rows"]}
     assert reasons["one_pass"] == LATE
-    assert LATE in (tmp_path / "memory_cpu.svg").read_text()
+    picture = (tmp_path / "memory_cpu.svg").read_text()
+    late = sum(reason == LATE for reason in reasons.values())
+    assert f"{late} not measured: {LATE}" in picture
+    assert picture.count(LATE) == 1  # a line for the reason, not for each of them

@@ -257,6 +257,7 @@ def test_the_command_measures_and_writes(folder: Path, tmp_path: Path, capsys: A
     assert page in capsys.readouterr().out
     assert liger["missing"] in page
     ET.parse(tmp_path / "step_cpu.svg")
+    assert report["machine"]["cpu"] in (tmp_path / "step_cpu.svg").read_text()
     table = (tmp_path / "step_cpu.csv").read_text().splitlines()
     assert len(table) == 1 + 1 + len(PARTS) + 1
     assert plot.drawer(report) is step_plot
