@@ -6,6 +6,7 @@ the floor of that candidate. Readable on a light and on a dark page.
 
 from __future__ import annotations
 
+from collections import Counter
 from html import escape
 from typing import Any
 
@@ -37,16 +38,18 @@ def svg(report: Row) -> str:
 
 
 def svg_of_shapes(report: Row) -> str | None:
-    """The other shapes, None without any."""
-    return document(report, report["cases"][1:]) if report["cases"][1:] else None
+    """The other shapes, None without any; what did not run is one line for each reason."""
+    others = report["cases"][1:]
+    return document(report, others, is_brief=True) if others else None
 
 
-def document(report: Row, cases: list[Row]) -> str:
+def document(report: Row, cases: list[Row], *, is_brief: bool = False) -> str:
     """A picture with a panel for each of ``cases``."""
     y, panels = HEAD, legend()
     for case in cases:
-        panels += panel(case, y)
-        y += PANEL + max(1, len(case.get("rows", ()))) * (BAR + GAP)
+        rows = list(case.get("rows", ()))
+        panels += panel(case, y, is_brief=is_brief)
+        y += PANEL + max(1, num_lines(rows) if is_brief else len(rows)) * (BAR + GAP)
     title = f"{report['kind']}: ms, % of floor, peak MiB beyond inputs and outputs"
     return framed(report["machine"], title, panels, y + 8, patterns=HATCH)
 
@@ -110,7 +113,22 @@ def whisker(low: float, high: float, y: float) -> list[str]:
     ]
 
 
-def panel(case: Row, top: float) -> list[str]:
+def reasons(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """How many rows each reason keeps from being there."""
+    return Counter(row["missing"] for row in rows if "missing" in row)
+
+
+def num_lines(rows: list[dict[str, Any]]) -> int:
+    """Lines of a panel."""
+    return sum("missing" not in row for row in rows) + len(reasons(rows))
+
+
+def left_out(reason: str, count: int) -> str:
+    """A line for rows that one reason keeps from being there."""
+    return shortened(f"{count} not measured: {reason}")
+
+
+def panel(case: Row, top: float, *, is_brief: bool = False) -> list[str]:
     """The bars of one shape."""
     parts = [text(16, top + 22, f"{case['name']}: {case['case']}", 'class="shape"')]
     rows = case.get("rows", ())
@@ -125,9 +143,13 @@ def panel(case: Row, top: float) -> list[str]:
         for times, name in ((row["seconds"]["warm"], "high"), (cold(row), "median"))
     )
     scale = (WIDTH - LABEL - TAIL) / longest
-    for index, row in enumerate(rows):
+    for index, row in enumerate(measured if is_brief else rows):
         y = top + PANEL + index * (BAR + GAP)
         parts += bar(row, y, scale, floors.get(row.get("floor", "")))
+    found = reasons(rows) if is_brief else {}
+    for index, (reason, count) in enumerate(found.items(), len(measured)):
+        y = top + PANEL + index * (BAR + GAP) + 12
+        parts.append(text(LABEL, y, left_out(reason, count), 'class="quiet"'))
     return parts
 
 

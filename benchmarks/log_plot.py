@@ -156,6 +156,7 @@ def panel(sweep: dict[str, Any]) -> Iterator[str]:
     top = TITLE + ROW * len(lines)
     x_axis = log_axis([p["x"] for p in points], LEFT, WIDTH - RIGHT, 2)
     edges = [p[name] for p in points for name in ("low", "high")]
+    edges += [y for line in lines for _, y in ends_of(line["fit"])]
     y_axis = log_axis(edges, top + PLOT, top + 8, base)
     yield f'<text class="title" x="20" y="16">{escape(sweep["title"])}</text>'
     yield f'<text class="small" x="20" y="33">{escape(shortened(sweep["fixed"]))}</text>'
@@ -171,6 +172,13 @@ def panel(sweep: dict[str, Any]) -> Iterator[str]:
     yield from axes(x_axis, y_axis, sweep["x"], text, top)
     for index, line in enumerate(lines):
         yield from draw_line(line, COLOURS[index % len(COLOURS)], x_axis, y_axis)
+
+
+def ends_of(fit: dict[str, Any] | None) -> list[tuple[float, float]]:
+    """Where the line of a fit begins and ends."""
+    if fit is None:
+        return []
+    return [(x, fit["factor"] * x ** fit["exponent"]) for x in (fit["first"], fit["last"])]
 
 
 def axes(
@@ -207,9 +215,5 @@ def draw_line(line: dict[str, Any], colour: str, x_axis: LogAxis, y_axis: LogAxi
         where = " ".join(f"{x_axis(p['x']):.1f},{y_axis(p['y']):.1f}" for p in line["points"])
         yield f'<polyline class="fit" stroke="{colour}" stroke-opacity=".5" points="{where}"/>'
         return
-    ends = [
-        (x_axis(x), y_axis(fit["factor"] * x ** fit["exponent"]))
-        for x in (fit["first"], fit["last"])
-    ]
-    where = " ".join(f"{x:.1f},{y:.1f}" for x, y in ends)
+    where = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in ends_of(fit))
     yield f'<polyline class="fit" stroke="{colour}" points="{where}"/>'

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-from .bars import COLOURS, WIDTH, framed, shortened, text
+from .bars import COLOURS, WIDTH, framed, left_out, num_lines, reasons, text
 from .log_plot import bytes_text
 from .loss_plot import MET, markdown
 from .machine import headline
@@ -75,16 +74,6 @@ def svg(report: dict[str, Any]) -> str:
     return framed(report["machine"], title, body, y)
 
 
-def reasons(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """How many rows each reason keeps from being there."""
-    return Counter(row["missing"] for row in rows if "missing" in row)
-
-
-def num_lines(rows: list[dict[str, Any]]) -> int:
-    """Lines of a panel."""
-    return sum("missing" not in row for row in rows) + len(reasons(rows))
-
-
 def panel(title: str, rows: list[dict[str, Any]], top: float) -> list[str]:
     """The bars of some rows, each as long as its share of the largest; a line for each reason."""
     measured = [row for row in rows if "missing" not in row]
@@ -98,7 +87,7 @@ def panel(title: str, rows: list[dict[str, Any]], top: float) -> list[str]:
         parts.append(f'<rect {box} fill="{COLOURS[row["kind"]]}"/>')
         parts.append(text(LABEL + length + 6, y + 11, bytes_text(row["peak_bytes"])))
     for index, (reason, count) in enumerate(reasons(rows).items(), len(measured)):
-        words = shortened(f"{count} not measured: {reason}")
+        words = left_out(reason, count)
         parts.append(text(LABEL, top + 35 + index * (BAR + GAP), words, 'class="quiet"'))
     return parts
 

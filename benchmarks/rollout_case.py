@@ -65,8 +65,8 @@ class RolloutCase:
         ends = "up to " if self.is_ragged else ""
         about = "about " if self.is_ragged else ""
         return (
-            f"{self.num_prompts} prompts of {about}{self.median_prompt} tokens x {self.group_size} "
-            f"samples of {ends}{self.max_tokens}"
+            f"{self.num_prompts} prompt{'s' * (self.num_prompts > 1)} of {about}"
+            f"{self.median_prompt} tokens x {self.group_size} samples of {ends}{self.max_tokens}"
         )
 
     def prompts(self, vocab_size: int, seed: int = 0) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -199,6 +200,17 @@ def test_ticks_are_powers():
 
 
 @pytest.mark.multirank
+def test_the_line_of_a_fit_stays_inside_the_picture():
+    points = [{"x": x, "y": y, "low": y, "high": y} for x, y in ((1, 1.0), (2, 9.0), (4, 9.0))]
+    line = growth_sweeps.Series("one_pass", "ours", 1.0, points=points)
+    found = growth_sweeps.sweep_json("rows_seconds", "rows T", "s", "V 8", [line])
+    picture = "".join(log_plot.panel(found))
+    (ends,) = re.findall(r'polyline class="fit"[^>]*points="([^"]*)"', picture)
+    heights = [float(end.split(",")[1]) for end in ends.split()]
+    top = log_plot.TITLE + log_plot.ROW
+    assert all(top + 8 <= y <= top + log_plot.PLOT for y in heights)
+
+
 def test_the_training_step_over_ranks_and_group_sizes(monkeypatch):
     monkeypatch.setattr(growth_ranks, "ROUNDS", 1)
     monkeypatch.setattr(growth_ranks, "TASK", {**growth_ranks.TASK, "completion": 16})

@@ -122,7 +122,12 @@ def test_bars_show_bands_floor_and_reasons() -> None:
     assert f"{bars.LABEL + scale * 1.25 * 0.99:.1f}" in {line["x1"] for line in lines}
     assert "- needs a CUDA device" in picture
     assert "qwen3-8b" not in picture
-    assert "qwen3-8b" in (bars.svg_of_shapes(report) or "")
+    others = bars.svg_of_shapes(report) or ""
+    assert "qwen3-8b" in others
+    count = sum("missing" in row for row in report["cases"][1]["rows"])
+    assert others.count("needs a CUDA device") == 1  # a line for the reason, without a name
+    assert "not measured: needs a CUDA device" in others
+    assert count == sum(int(n) for n in re.findall(r">(\d+) not measured:", others))
     assert "prefers-color-scheme:dark" in picture
 
 
