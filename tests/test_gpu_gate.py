@@ -85,7 +85,7 @@ def test_the_whole_command_is_rehearsed(root, tmp_path):
     rows = report["parts"]["scorers"]["rows"]
     shapes = {(row["dtype"], row["num_rows"], row["vocab_size"], row["dim"]) for row in rows}
     assert len(shapes) == len(rows) == 8
-    assert f"    {paste(rows[0])},\n" in done.stdout
+    assert f"    {paste(rows[0])},\n" in done.stderr
     made = eval(paste(rows[0]), {"Measured": Measured})
     assert nearest((made,), made.device, made.dtype, made[2:5]) is made
 
