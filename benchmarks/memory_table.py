@@ -8,6 +8,7 @@ fake tensors (`planned`), which measures nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,8 @@ from .planned import KEYS, TITLES, bound_bytes, constant_inputs, planned_bytes
 
 SECONDS = {"cpu": 150.0, "cuda": 300.0}
 PEER_SECONDS = 90.0
+SHORTEST_LIMIT = 2.0  # seconds for whoever has begun
+FIRST_SHARE = 4.0  # of the time: the first case counts for so many of the others
 BOUNDS = {  # keys of ours -> whose bound
     "one_pass": "one_pass",
     "two_pass": "two_pass",
@@ -90,7 +93,8 @@ def measure_memory(options: Any, deadline: float) -> dict[str, Any]:
     cases = cases_of(options)
     found = []
     for place, case in enumerate(cases):
-        share = (deadline - time.monotonic()) / (len(cases) - place)
+        others, first = len(cases) - place - 1, 1.0 if place else FIRST_SHARE
+        share = (deadline - time.monotonic()) * first / (first + others)
         found.append(one_case(case, device, options, time.monotonic() + share))
         release(device)
     report = {"kind": "memory", "command": "", "machine": machine(device), "cases": found}
@@ -122,7 +126,8 @@ def one_case(case: Case, device: torch.device, options: Any, deadline: float) ->
             why = memory_reason(case, device)
         if why is None and inputs is None:
             inputs = plain_inputs(case, device)
-        rows.append(one_row(candidate, case, inputs, why))
+        left = max(SHORTEST_LIMIT, deadline - time.monotonic())
+        rows.append(one_row(candidate, case, inputs, why, min(PEER_SECONDS, left)))
     large = replace(case, num_rows=options.rows or max(GPU_ROWS, case.num_rows))
     return {
         "name": case.shape,
@@ -146,9 +151,13 @@ def plain_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def one_row(
-    candidate: Candidate, case: Case, inputs: Inputs | None, why: str | None
+    candidate: Candidate,
+    case: Case,
+    inputs: Inputs | None,
+    why: str | None,
+    seconds: float = PEER_SECONDS,
 ) -> dict[str, Any]:
-    """Bytes of a candidate, or the reason why there are none."""
+    """Bytes of a candidate, or the reason why there are none; others have so many ``seconds``."""
     row = {
         "key": candidate.key,
         "title": candidate.title,
@@ -163,7 +172,7 @@ def one_row(
     given = candidate.inputs_of(inputs)
     is_guarded = candidate.kind != "ours" or candidate.may_refuse
     try:
-        with at_most_seconds(PEER_SECONDS):
+        with at_most_seconds(seconds) if is_guarded else contextlib.nullcontext():
             if is_gpu:
                 candidate.step(given)  # libraries allocate their own at the first call
             sizes = memory_of(candidate, given)

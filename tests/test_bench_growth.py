@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from benchmarks import growth_ranks, growth_sweeps, log_plot, memory_table
 from benchmarks.__main__ import main
-from benchmarks.cases import Case, make_inputs
+from benchmarks.baselines import Candidate, Result
+from benchmarks.cases import Case, Inputs, make_inputs
 from benchmarks.clock import Clock
 from benchmarks.deadline import LATE
 from benchmarks.growth import measure_growth
@@ -297,3 +298,17 @@ def test_memory_that_comes_too_late_says_so(tmp_path):
     late = sum(reason == LATE for reason in reasons.values())
     assert f"{late} not measured: {LATE}" in picture
     assert picture.count(LATE) == 1  # a line for the reason, not for each of them
+
+
+def test_a_peer_that_takes_too_long_costs_its_row_and_not_the_command() -> None:
+    def step(inputs: Inputs) -> Result:
+        time.sleep(30)
+        return Result()
+
+    case = Case(8, 64, 16, torch.float32)
+    inputs = memory_table.plain_inputs(case, torch.device("cpu"))
+    slow = Candidate("slow", "slow", step, "peer")
+    begin = time.monotonic()
+    row = memory_table.one_row(slow, case, inputs, None, 0.2)
+    assert row["missing"] == "OutOfTime: stopped after 0.2 s"
+    assert time.monotonic() - begin < 20
