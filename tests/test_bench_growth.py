@@ -29,7 +29,7 @@ from benchmarks.planned import KEYS, bound_bytes, planned_bytes
 from crpo_kernels import compilation
 
 SMALL = ["--at-vocab", "64", "--at-dim", "16", "--threads", "1"]
-ROWS = ["growth", "--only", "rows", "--rows", "256", "4096", "16384", *SMALL]
+ROWS = ["growth", "--only", "rows", "--rows", "256", "4096", "16384", "--seconds", "900", *SMALL]
 
 
 @pytest.fixture(autouse=True)
