@@ -34,7 +34,7 @@ SHARES = {  # of the time
     "rollout": 0.07,
     "step": 0.18,
 }
-SECONDS = 560.0  # of the ten minutes; the rest is the start, and what is under way at the end
+SECONDS = 530.0  # of the ten minutes; the rest is the start, and what is under way at the end
 GRACE = 15.0  # seconds after the end of all when a part is broken off with its results
 OVERRUN = 1.5  # times its share, and GRACE, when that happens to the others
 
