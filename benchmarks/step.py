@@ -111,8 +111,10 @@ def check(options: argparse.Namespace) -> str:
         value = getattr(options, name)
         if value is not None and value < 1:
             return f"--{name.replace('_', '-')}: expected at least 1, got {value}. Type 1."
-    if options.group_size < 2:
-        return f"--group-size: expected at least 2, got {options.group_size}. Type 2."
+    for name in ("group_size", "median_completion", "max_completion"):
+        value = getattr(options, name)
+        if value is not None and value < 2:
+            return f"--{name.replace('_', '-')}: expected at least 2, got {value}. Type 2."
     case = make_case(options, Path(), Path())
     if case.num_sequences % case.micro_batch:
         return (

@@ -271,6 +271,8 @@ def test_the_command_measures_and_writes(folder: Path, tmp_path: Path, capsys: A
         (["--objective", "bnpo"], "--micro-batch: expected all sequences in one for bnpo"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--group-size", "1"], "--group-size: expected at least 2"),
+        (["--max-completion", "0"], "--max-completion: expected at least 2, got 0"),
+        (["--median-completion", "-3"], "--median-completion: expected at least 2, got -3"),
         (["--kl-coef", "-1"], "--kl-coef: expected at least 0"),
     ],
 )
