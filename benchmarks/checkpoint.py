@@ -42,6 +42,7 @@ def checkpoint_case(
         raise ValueError(
             f"expected a model whose head has no bias, got {folder} with one. Name another model."
         )
+    assert head is not None, "load_model takes causal models, which have a head"
     vocab_size, dim = head.weight.shape
     if rows is None:
         rows = GPU_ROWS if device == "cuda" else max(16, min(2048, CPU_FLOATS // dim))
