@@ -18,7 +18,7 @@ import crpo_kernels as ck
 from crpo_kernels.plan import BYTES_OF_VECTORS
 
 from .baselines import FEWEST_ROWS, Result, gradients, naive, policy_arguments
-from .cases import Case, Inputs
+from .cases import NUM_SEQUENCES, Case, Inputs
 from .live_bytes import LiveBytes
 
 KEYS = ("one_pass", "two_pass", "scored", "naive")  # what can be planned
@@ -74,7 +74,9 @@ def constant_inputs(
     """Real vectors of constants, also beside fake tensors: the code reads labels on the host."""
     ones = torch.ones(case.num_rows, device=device)
     labels = torch.zeros(case.num_rows, dtype=torch.int64, device=device)
-    return Inputs(case, hidden, weight, labels, ones, ones.clone(), ones.clone(), ones.clone())
+    vectors = (ones, ones.clone(), ones.clone(), ones.clone())
+    length = -(-case.num_rows // NUM_SEQUENCES)  # a peer may do its work sequence by sequence
+    return Inputs(case, hidden, weight, labels, *vectors, sequence_rows=length)
 
 
 def _fused(

@@ -8,6 +8,7 @@ import math
 import re
 import time
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,10 @@ def test_a_peer_that_takes_too_long_costs_its_row_and_not_the_command() -> None:
 
     case = Case(8, 64, 16, torch.float32)
     inputs = memory_table.plain_inputs(case, torch.device("cpu"))
+    assert (
+        memory_table.plain_inputs(replace(case, num_rows=17), inputs.hidden.device).sequence_rows
+        == 3
+    )
     slow = Candidate("slow", "slow", step, "peer")
     begin = time.monotonic()
     row = memory_table.one_row(slow, case, inputs, None, 0.2)
