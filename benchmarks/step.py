@@ -53,7 +53,7 @@ NOTES = {
 }
 CPU_NOTE = "; on a CPU it scores every position, prompts and padding too"
 # the step's sizes: prompts, sequences of TRL's micro-batch, prompt, completion, longest completion
-SIZES = {"cpu": (2, 8, 48, 64, 192), "cuda": (8, 8, 192, 384, 1024)}
+SIZES = {"cpu": (3, 8, 48, 64, 192), "cuda": (8, 8, 192, 384, 1024)}
 READY_SECONDS, STEP_SECONDS = 600, 1800  # after that a worker counts as hung
 
 
