@@ -79,7 +79,7 @@ def test_signatures_are_the_contract():
         "backend='auto', mode='auto', workspace_bytes=None, process_group=None, vocab_start=0"
     )
     expected = {
-        ck.linear_logprobs: f"hidden, weight, labels, *, {head}",
+        ck.linear_logprobs: f"hidden, weight, labels, *, {head}, head_dtype=None",
         ck.linear_policy_loss: (
             "hidden, weight, labels, *, advantages=None, token_weights, entropy_weights=None, "
             "z_loss_weights=None, old_logprobs=None, rollout_logprobs=None, ref_logprobs=None, "

@@ -171,6 +171,7 @@ def test_errors_about_rows_name_the_row_and_quote_no_post(tmp_path: Path) -> Non
     task = Task.__new__(Task)
     rows = [Row(POST, "Yes", dataset_id="A", completion="x"), Row(POST, "Yes", dataset_id="A")]
     object.__setattr__(task, "rows", Rows([], [], rows))
+    object.__setattr__(task, "made", {})
     messages = []
     with pytest.raises(ConfigError, match="cold-start row 2 of data set A") as error:
         task.written(rows[1])

@@ -76,9 +76,9 @@ def linear_logprobs(
     backend: str = "auto",
     mode: str = "auto",
     workspace_bytes: int | None = None,
-    head_dtype: torch.dtype | None = None,
     process_group: object = None,
     vocab_start: int = 0,
+    head_dtype: torch.dtype | None = None,
 ) -> Logprobs:
     """The log-probability of each label, the entropy and the log-sum-exp, without all logits.
 
