@@ -218,9 +218,15 @@ def overview(cases: list[Row]) -> str:
     return "\n".join([markdown(header, lines), "", *notes.lines()]).strip()
 
 
+def title_of_case(case: Row) -> str:
+    """Name and sizes, where the name does not say them already."""
+    named = case["case"].startswith(case["name"])
+    return case["case"] if named else f"{case['name']}: {case['case']}"
+
+
 def overview_line(case: Row, notes: Notes) -> list[str]:
     """One shape of the overview; of frozen heads and the like only what needs most products."""
-    name, ours = f"{case['name']}: {case['case']}", ran(case, "ours")
+    name, ours = title_of_case(case), ran(case, "ours")
     if not ours:
         why = case.get("missing") or reason_of(case, "ours") or "no row of ours was asked for"
         return [name, "-", f"- {notes.mark(why)}", *["-"] * 8]
@@ -303,7 +309,7 @@ def method(report: Row) -> str:
 
 def section(case: Row) -> str:
     """One shape with its heading."""
-    heading = f"## {case['name']}: {case['case']}"
+    heading = f"## {title_of_case(case)}"
     if case.get("missing"):
         return f"{heading}\n\nNot measured: {case['missing']}."
     return "\n\n".join([heading, inputs_of(case), table(case)])
