@@ -34,7 +34,8 @@ def test_what_is_drawn_of_a_result_is_what_its_file_says(file: Path, tmp_path: P
     drawn = plot.draw(plot.read(file), tmp_path / file.stem)
     assert {path.name for path in drawn} == {
         path.name
-        for path in file.parent.glob(f"{file.stem}*")
+        for pattern in (f"{file.stem}.*", f"{file.stem}_shapes.*")
+        for path in file.parent.glob(pattern)
         if path.suffix in (".md", ".svg", ".csv")
     }
     for path in drawn:
