@@ -267,7 +267,7 @@ def test_the_command_measures_and_writes(folder: Path, tmp_path: Path, capsys: A
     ("arguments", "message"),
     [
         (["--model", "nowhere"], "--model: expected one of qwen3-0.6b, tiny, or a folder"),
-        (["--micro-batch", "5"], "--micro-batch: expected a divisor of 16"),
+        (["--micro-batch", "5"], "--micro-batch: expected a divisor of 24"),
         (["--objective", "bnpo"], "--micro-batch: expected all sequences in one for bnpo"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--group-size", "1"], "--group-size: expected at least 2"),
