@@ -16,16 +16,8 @@ from benchmarks import plot, rollout, rollout_case
 from benchmarks.__main__ import main
 from benchmarks.rollout_case import Completions, RolloutCase
 from benchmarks.step_case import model_config
+from model_cases import SIZES
 
-SIZES = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "vocab_size": 320,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
 OPTIONS = ["--prompts", "3", "--group-size", "2", "--median-prompt", "6", "--max-tokens", "5"]
 OPTIONS += ["--rounds", "2", "--threads", "1", "--dtype", "float32"]
 

@@ -20,17 +20,10 @@ from benchmarks.step_flops import forward_flops, step_flops
 from benchmarks.step_parts import OVERHEAD, PARTS, Timeline, overhead
 from benchmarks.step_report import agreement, row_of, targets
 from crpo_fast.packing import pack
+from model_cases import SIZES
 
 HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "datasets", "accelerate"))
-SIZES = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "vocab_size": 320,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
+
 OPTIONS = ["--prompts", "2", "--group-size", "4", "--median-prompt", "6", "--threads", "1"]
 OPTIONS += ["--median-completion", "9", "--max-completion", "20", "--steps", "3"]
 
