@@ -1,7 +1,8 @@
 """The distribution `crpo-fast`: import packages `crpo_fast` and `crpo_kernels`.
 
-Lower bounds only; `constraints.txt` holds the exact versions that are tested. `kernels/` is a
-source root and no package, because PyPI has a distribution whose import name is `kernels`.
+Lower bounds, and an upper one for TRL, whose trainer is subclassed; `constraints.txt` holds the
+exact versions that are tested. `kernels/` is a source root and no package, because PyPI has a
+distribution whose import name is `kernels`.
 """
 
 from pathlib import Path
@@ -13,11 +14,18 @@ HAS_TRITON = "platform_system == 'Linux' and platform_machine in 'x86_64 aarch64
 GGUF = ["accelerate>=1.6", "gguf>=0.17"]
 
 TRACKERS = ["tensorboard>=2.19", "trackio>=0.43", "wandb>=0.31"]
+# What crpo_fast.integrations and docs/examples are tested with, verl apart: its requirements hold
+# Ray and more, so `pip install --no-deps verl` brings the modules that are tested.
+INTEGRATIONS = [
+    *("accelerate>=1.10", "datasets>=4.7", "peft>=0.18", "trl>=1.16,<1.17"),
+    "deepspeed>=0.18.6; platform_system == 'Linux'",
+]
 
 EXTRAS = {
     "demo": GGUF,
     "test": [
         *GGUF,
+        *INTEGRATIONS,
         "coverage>=7.6",
         "hypothesis>=6.130",
         "playwright>=1.49",  # the report in a real browser, when a chromium is there
@@ -28,6 +36,7 @@ EXTRAS = {
         *TRACKERS,
     ],
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
+    "integrations": INTEGRATIONS,
     "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
     "tensorboard": TRACKERS[:1],
     "trackio": TRACKERS[1:2],
