@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .loss_plot import error, markdown, mebibytes, milliseconds
+from .losses.plot import error, markdown, mebibytes, milliseconds
 from .plot import DRAWERS, drawer
 
 Row = dict[str, Any]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import time
 import traceback
 from typing import Any
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 
 from . import against, plot
+from .commands import command_module
 from .deadline import OutOfTime, at_most_seconds
-from .loss_plot import markdown
+from .losses.plot import markdown
 from .machine import machine
 from .options import absent_device
 from .output import RESULTS, out_folder, positive, positive_seconds, say, write_json
@@ -105,7 +105,7 @@ def run_part(
     try:
         if seconds <= 0:
             raise OutOfTime("no time was left")
-        module = importlib.import_module(f".{name}", __package__)
+        module = command_module(name)
         with at_most_seconds(most):
             report = getattr(module, f"measure_{name}")(
                 options_of(module, options), begin + seconds

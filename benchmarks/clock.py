@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .bars import shortened
-from .baselines import Candidate
-from .cases import Inputs
 from .deadline import LATE, OutOfTime, at_most_seconds
+from .drawing.bars import shortened
+from .losses.baselines import Candidate
+from .losses.cases import Inputs
 
 KINDS = ("warm", "cold")
 VITAL = ("one_pass", "scored", "naive", "naive_scored")

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .baselines import Candidate
-from .cases import Inputs
+from .losses.baselines import Candidate
+from .losses.cases import Inputs
 
 
 class LiveBytes(TorchDispatchMode):

@@ -13,7 +13,7 @@ import torch
 
 from crpo_kernels import unsupported_reason
 
-from .cases import DTYPES, SHAPES, Case, named_case
+from .losses.cases import DTYPES, SHAPES, Case, named_case
 from .output import RESULTS, out_folder, positive, positive_seconds
 
 DEVICES = ("cpu", "cuda")

@@ -13,18 +13,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .gpu_report import plain
+from .gpu_gate.report import plain
 from .machine import place as place
 from .output import RESULTS, out_folder, write_json
 
 DRAWERS = {  # kind of a report -> the module that draws it
-    "loss": "loss_plot",
-    "score": "loss_plot",
-    "growth": "growth_plot",
-    "memory": "memory_plot",
-    "step": "step_plot",
-    "rollout": "rollout_plot",
-    "gpu-gate": "gpu_gate",
+    "loss": "losses.plot",
+    "score": "losses.plot",
+    "growth": "growth.plot",
+    "memory": "memory.plot",
+    "step": "step.plot",
+    "rollout": "rollout.plot",
+    "gpu-gate": "gpu_gate.command",
 }
 
 

@@ -14,9 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import dual, gpu_gate, loss_plot, plot, quickstart
+from . import plot
+from .gpu_gate import command as gpu_gate
+from .losses import plot as loss_plot
 from .machine import headline
 from .output import RESULTS
+from .quickstart import command as quickstart
+from .quickstart import dual
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = "Not measured yet."

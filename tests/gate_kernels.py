@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.compile_report import Job
+from benchmarks.compile_gate.report import Job
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -126,7 +126,7 @@ def clean():
 
 def shipped():
     """Of the package's own launches the first of each kernel, mode and set of targets."""
-    from benchmarks.shipped_calls import shipped_jobs
+    from benchmarks.compile_gate.shipped_calls import shipped_jobs
 
     first = {}
     for job in (job for job in shipped_jobs() if not job.is_exact):

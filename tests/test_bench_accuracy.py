@@ -9,10 +9,10 @@ from math import log
 import pytest
 import torch
 
-from benchmarks import baselines
-from benchmarks.accuracy import FLOORS, TIMES, Truth, differences, what_is_wrong
-from benchmarks.baselines import Candidate, Result, naive
-from benchmarks.cases import Case, Inputs, make_inputs
+from benchmarks.losses import baselines
+from benchmarks.losses.accuracy import FLOORS, TIMES, Truth, differences, what_is_wrong
+from benchmarks.losses.baselines import Candidate, Result, naive
+from benchmarks.losses.cases import Case, Inputs, make_inputs
 
 CASE = Case(64, 3000, 64, torch.bfloat16)
 PEAKED = 2.0**-12  # the probability below which a filter drops gradients

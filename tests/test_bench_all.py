@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import json
 import time
@@ -17,7 +16,8 @@ import pytest
 import report_cases
 from benchmarks import all as everything
 from benchmarks import plot
-from benchmarks.__main__ import COMMANDS, main
+from benchmarks.__main__ import main
+from benchmarks.commands import COMMANDS, command_module
 
 Measure = Callable[[argparse.Namespace, float], dict[str, Any]]
 
@@ -28,25 +28,25 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 
     def install(**measures: Measure) -> list[Any]:
         calls: list[Any] = []
-        real = importlib.import_module
+        real = everything.command_module
 
         def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument("--device", default="none")
             parser.add_argument("--rounds", type=int, default=3)
             parser.add_argument("--out", type=Path)
 
-        def module(name: str, package: str | None = None) -> Any:
-            if name.removeprefix(".") not in measures:
-                return real(name, package)
+        def module(name: str) -> Any:
+            if name not in measures:
+                return real(name)
 
             def measure(options: argparse.Namespace, deadline: float) -> dict[str, Any]:
-                calls.append((name[1:], options, deadline - time.monotonic()))
-                return measures[name[1:]](options, deadline)
+                calls.append((name, options, deadline - time.monotonic()))
+                return measures[name](options, deadline)
 
-            attributes = {"add_arguments": add_arguments, f"measure_{name[1:]}": measure}
+            attributes = {"add_arguments": add_arguments, f"measure_{name}": measure}
             return types.SimpleNamespace(**attributes)
 
-        monkeypatch.setattr(everything.importlib, "import_module", module)
+        monkeypatch.setattr(everything, "command_module", module)
         shares = {name: share for name, share in everything.SHARES.items() if name in measures}
         monkeypatch.setattr(everything, "SHARES", shares)
         return calls
@@ -78,7 +78,7 @@ def test_every_part_of_the_issue_has_a_share() -> None:
 
 @pytest.mark.parametrize("name", everything.SHARES)
 def test_every_part_takes_options_and_a_deadline(name: str, tmp_path: Path) -> None:
-    module = importlib.import_module(f"benchmarks.{name}")
+    module = command_module(name)
     asked = argparse.Namespace(device="cpu", threads=1, out=tmp_path)
     options = everything.options_of(module, asked)
     assert (options.device, options.out) == ("cpu", tmp_path)

@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import baselines, loss, options, score
+from benchmarks import options
 from benchmarks.__main__ import main
-from benchmarks.candidates import loss_candidates
-from benchmarks.cases import SHAPES, Case, make_inputs, named_case
-from benchmarks.checkpoint import checkpoint_case, checkpoint_inputs
 from benchmarks.clock import Clock
-from benchmarks.measure import measure
+from benchmarks.losses import baselines, loss, score
+from benchmarks.losses.candidates import loss_candidates
+from benchmarks.losses.cases import SHAPES, Case, make_inputs, named_case
+from benchmarks.losses.checkpoint import checkpoint_case, checkpoint_inputs
+from benchmarks.losses.measure import measure
 from benchmarks.options import CPU_ROUNDS, backends_of, cases_of, rounds_of, seconds_of
 from crpo_fast.models import build_model, export_model, train_tokenizer
 
@@ -178,7 +179,7 @@ def test_the_command_takes_a_model(folder, tmp_path, capsys):
 
 
 def test_a_head_with_a_bias_is_refused(folder, monkeypatch, capsys):
-    from benchmarks import checkpoint
+    from benchmarks.losses import checkpoint
 
     _, model, tokenizer = checkpoint_case(folder, 8, "cpu", torch.float32)
     model.lm_head = torch.nn.Linear(32, len(tokenizer))

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks import clock
-from benchmarks.baselines import Candidate, Result
-from benchmarks.cases import Case, make_inputs
 from benchmarks.clock import Clock, cpu_cache_bytes, kept_for_others, measure_seconds, summary
 from benchmarks.deadline import LATE
+from benchmarks.losses.baselines import Candidate, Result
+from benchmarks.losses.cases import Case, make_inputs
 
 CPU = torch.device("cpu")
 

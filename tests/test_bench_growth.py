@@ -15,18 +15,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import growth_ranks, growth_sweeps, log_plot, memory_table
 from benchmarks.__main__ import main
-from benchmarks.baselines import Candidate, Result
-from benchmarks.cases import Case, Inputs, make_inputs
 from benchmarks.clock import Clock
 from benchmarks.deadline import LATE
-from benchmarks.growth import measure_growth
-from benchmarks.growth_fit import fit_exponent, flatness
-from benchmarks.growth_sweeps import Series, Watch, candidates, late_reason, memory_reason
+from benchmarks.drawing import log_plot
+from benchmarks.drawing.log_plot import UNITS, LogAxis, exponent_text
+from benchmarks.growth import ranks as growth_ranks
+from benchmarks.growth import sweeps as growth_sweeps
+from benchmarks.growth.command import measure_growth
+from benchmarks.growth.fit import fit_exponent, flatness
+from benchmarks.growth.sweeps import Series, Watch, candidates, late_reason, memory_reason
 from benchmarks.live_bytes import memory_of
-from benchmarks.log_plot import UNITS, LogAxis, exponent_text
-from benchmarks.planned import KEYS, bound_bytes, planned_bytes
+from benchmarks.losses.baselines import Candidate, Result
+from benchmarks.losses.cases import Case, Inputs, make_inputs
+from benchmarks.memory import command as memory_table
+from benchmarks.memory.planned import KEYS, bound_bytes, planned_bytes
 from crpo_kernels import compilation
 
 SMALL = ["--at-vocab", "64", "--at-dim", "16", "--threads", "1"]

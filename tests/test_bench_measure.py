@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import baselines
-from benchmarks.candidates import all_gradients, cpu_candidates, frozen_head, scoring
-from benchmarks.cases import Case, make_inputs
 from benchmarks.clock import Clock
 from benchmarks.deadline import LATE
-from benchmarks.measure import Measurements, measure
-from benchmarks.needs import Needs
+from benchmarks.losses import baselines
+from benchmarks.losses.candidates import all_gradients, cpu_candidates, frozen_head, scoring
+from benchmarks.losses.cases import Case, make_inputs
+from benchmarks.losses.measure import Measurements, measure
+from benchmarks.losses.needs import Needs
 
 
 def measured(candidates, **options):

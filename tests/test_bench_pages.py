@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import report_cases
-from benchmarks import bars, loss_plot, plot
+from benchmarks import plot
 from benchmarks.__main__ import main
+from benchmarks.drawing import bars
+from benchmarks.losses import plot as loss_plot
 
 
 def line_of(page: str, title: str) -> list[str]:

@@ -14,15 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.accuracy import Truth
-from benchmarks.baselines import KL_COEF, Candidate, Result, gradients, naive, objective
-from benchmarks.candidates import cpu_candidates
-from benchmarks.cases import Case, make_inputs
 from benchmarks.clock import Clock
-from benchmarks.measure import measure
-from benchmarks.needs import Needs
-from benchmarks.peers import cce, liger, loss_peers, quack, score_peers, trl, verl
-from benchmarks.peers.common import mean_nll, sequences
+from benchmarks.losses.accuracy import Truth
+from benchmarks.losses.baselines import KL_COEF, Candidate, Result, gradients, naive, objective
+from benchmarks.losses.candidates import cpu_candidates
+from benchmarks.losses.cases import Case, make_inputs
+from benchmarks.losses.measure import measure
+from benchmarks.losses.needs import Needs
+from benchmarks.losses.peers import cce, liger, loss_peers, quack, score_peers, trl, verl
+from benchmarks.losses.peers.common import mean_nll, sequences
 from crpo_kernels.call import uncompiled_reason
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import plot, rollout, rollout_case
+from benchmarks import plot
 from benchmarks.__main__ import main
-from benchmarks.rollout_case import Completions, RolloutCase
-from benchmarks.step_case import model_config
+from benchmarks.rollout import case as rollout_case
+from benchmarks.rollout import command as rollout
+from benchmarks.rollout.case import Completions, RolloutCase
+from benchmarks.step.case import model_config
 from model_cases import SIZES
 
 OPTIONS = ["--prompts", "3", "--group-size", "2", "--median-prompt", "6", "--max-tokens", "5"]

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import plot, step, step_plot
+from benchmarks import plot
 from benchmarks.__main__ import main
-from benchmarks.step import Worker
-from benchmarks.step_case import StepCase, distribution, make_sequences, model_config
-from benchmarks.step_flops import forward_flops, step_flops
-from benchmarks.step_parts import OVERHEAD, PARTS, Timeline, overhead
-from benchmarks.step_report import agreement, row_of, targets
+from benchmarks.step import command as step
+from benchmarks.step import plot as step_plot
+from benchmarks.step.case import StepCase, distribution, make_sequences, model_config
+from benchmarks.step.command import Worker
+from benchmarks.step.flops import forward_flops, step_flops
+from benchmarks.step.parts import OVERHEAD, PARTS, Timeline, overhead
+from benchmarks.step.report import agreement, row_of, targets
 from crpo_fast.packing import pack
 from model_cases import SIZES
 

@@ -8,7 +8,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from benchmarks import dual, machine, readme
+from benchmarks import machine, readme
+from benchmarks.quickstart import dual
 
 
 def row(seed, step, stage, ratio, coef=0.01):

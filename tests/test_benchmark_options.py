@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compile_gate
 from benchmarks.__main__ import main
+from benchmarks.compile_gate import command as compile_gate
 
 MISTAKES = {
     "a folder that cannot be made": (

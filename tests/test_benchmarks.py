@@ -11,15 +11,17 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from benchmarks import baselines, loss, loss_plot, plot, suite
+from benchmarks import plot
 from benchmarks.__main__ import main
-from benchmarks.candidates import cpu_candidates
-from benchmarks.cases import Case, make_inputs
 from benchmarks.clock import Clock
 from benchmarks.deadline import LATE, at_most_seconds
-from benchmarks.gpu_targets import gpu_targets, target_state
+from benchmarks.gpu_gate.targets import gpu_targets, target_state
 from benchmarks.live_bytes import LiveBytes, counting, memory_of
-from benchmarks.loss import cpu_targets
+from benchmarks.losses import baselines, loss, suite
+from benchmarks.losses import plot as loss_plot
+from benchmarks.losses.candidates import cpu_candidates
+from benchmarks.losses.cases import Case, make_inputs
+from benchmarks.losses.loss import cpu_targets
 
 TINY = ["loss", "--rows", "32", "--vocab", "500", "--dim", "64", "--threads", "1"]
 
@@ -69,7 +71,7 @@ def test_the_command_writes_json_table_and_plot(tmp_path, monkeypatch, capsys):
 
 def test_gate_fails_when_a_target_is_missed(tmp_path, monkeypatch):
     fast = {"text": "t", "limit": 1.0, "value": 2.0, "met": False}
-    monkeypatch.setattr("benchmarks.loss.cpu_targets", lambda rows, num_rows: [fast])
+    monkeypatch.setattr("benchmarks.losses.loss.cpu_targets", lambda rows, num_rows: [fast])
     only = ["--only", "one_pass", "--out", str(tmp_path)]
     assert main([*TINY, *only]) == 0
     assert main([*TINY, *only, "--gate"]) == 1

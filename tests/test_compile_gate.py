@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compile_gate as compile_gate_module
-from benchmarks import farm
 from benchmarks.__main__ import main as benchmarks_main
-from benchmarks.compile_report import TARGETS, Job, Report, problems
+from benchmarks.compile_gate import command as compile_gate_module
+from benchmarks.compile_gate import farm
+from benchmarks.compile_gate.report import TARGETS, Job, Report, problems
 from conftest import ROOT
 from crpo_kernels.spec import PRESETS
 
@@ -139,7 +139,7 @@ def test_shipped_kernels_pass(compile_gate):
 
 
 def test_shipped_calls_cover_every_pair_of_options():
-    from benchmarks import shipped_calls
+    from benchmarks.compile_gate import shipped_calls
 
     calls = shipped_calls.head_calls()
     options = shipped_calls.OPTIONS
@@ -164,7 +164,7 @@ def test_shipped_calls_cover_every_pair_of_options():
 
 
 def test_a_kernel_that_no_call_launches_is_named(monkeypatch):
-    from benchmarks import shipped_calls
+    from benchmarks.compile_gate import shipped_calls
 
     names = {name.split("_")[0] for name in shipped_calls.shipped_kernels()}
     assert names >= {"row", "stage"}
@@ -223,7 +223,7 @@ $L__BB0_3:
 
 def test_loads_are_counted_where_control_comes_back():
     """Compilers place the end of a function wherever they like: a branch back alone is no loop."""
-    from benchmarks.inspect_triton import loop_loads
+    from benchmarks.compile_gate.inspect_triton import loop_loads
 
     assert loop_loads(AMD_TAIL, "hip") == [16]
     assert loop_loads(PTX_NEST, "cuda") == [8, 16, 16]
@@ -231,7 +231,7 @@ def test_loads_are_counted_where_control_comes_back():
 
 
 def test_loads_of_two_bytes_and_one_have_their_size():
-    from benchmarks.inspect_triton import GLOBAL_LOAD, load_size
+    from benchmarks.compile_gate.inspect_triton import GLOBAL_LOAD, load_size
 
     names = {"buffer_load_ushort": 2, "global_load_sshort": 2, "buffer_load_ubyte": 1}
     names |= {"global_load_short_d16_hi": 2, "buffer_load_dwordx4": 16, "global_load_sbyte": 1}
@@ -242,7 +242,7 @@ def test_loads_of_two_bytes_and_one_have_their_size():
 
 
 def test_a_launch_of_one_target_is_compiled_for_no_other(monkeypatch):
-    from benchmarks import inspect_triton
+    from benchmarks.compile_gate import inspect_triton
 
     monkeypatch.setattr(inspect_triton, "specialisation_key", lambda job, target: job.name)
     jobs = [Job("all", None, {}), Job("one", None, {}, targets=("sm_80", "gfx942"))]
@@ -306,7 +306,7 @@ def behave(item):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     code = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom benchmarks import farm\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom benchmarks.compile_gate import farm\n"
         "def work(path):\n    Path(path).write_text(str(os.getpid()))\n    time.sleep(600)\n"
         "list(farm.run(work, [sys.argv[1]], 1, timeout=600.0))\n"
     )

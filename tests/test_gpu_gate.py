@@ -14,14 +14,16 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu_behaviour, gpu_gate, gpu_scoring
 from benchmarks.__main__ import main
-from benchmarks.cases import make_inputs
+from benchmarks.compile_gate.shipped_calls import shipped_kernels
 from benchmarks.deadline import LATE, OutOfTime, at_most_seconds
-from benchmarks.gpu_report import CannotRun, Part, plain
-from benchmarks.gpu_scale import real_scale, rehearsal_scale
-from benchmarks.gpu_scorers import paste
-from benchmarks.shipped_calls import shipped_kernels
+from benchmarks.gpu_gate import behaviour as gpu_behaviour
+from benchmarks.gpu_gate import command as gpu_gate
+from benchmarks.gpu_gate import scoring as gpu_scoring
+from benchmarks.gpu_gate.report import CannotRun, Part, plain
+from benchmarks.gpu_gate.scale import real_scale, rehearsal_scale
+from benchmarks.gpu_gate.scorers import paste
+from benchmarks.losses.cases import make_inputs
 from crpo_kernels import linear_triton, work_triton
 from crpo_kernels.score_table import Measured, nearest
 

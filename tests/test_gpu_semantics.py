@@ -92,9 +92,9 @@ def test_numbers_of_numpy_reach_kernels_as_floats(noted_launches):
 
 
 VARIANTS = """
-from benchmarks.compile_report import TARGETS, Job
-from benchmarks.inspect_triton import specialisation_key
-from benchmarks.shipped_calls import call_head
+from benchmarks.compile_gate.report import TARGETS, Job
+from benchmarks.compile_gate.inspect_triton import specialisation_key
+from benchmarks.compile_gate.shipped_calls import call_head
 from crpo_kernels.launch_triton import recording
 for mode in ("one_pass", "two_pass"):
     keys = {}

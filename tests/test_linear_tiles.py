@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.compile_report import TARGETS
+from benchmarks.compile_gate.report import TARGETS
 from crpo_kernels import linear_tiles, scorer
 from crpo_kernels.linear_tiles import NARROW, TILES, Tile, choose_order, choose_tile
 from crpo_kernels.plan import HeadSizes

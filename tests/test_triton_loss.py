@@ -9,7 +9,7 @@ import torch
 
 import crpo_kernels as ck
 import triton_tools
-from benchmarks.pairwise import pairwise
+from benchmarks.compile_gate.pairwise import pairwise
 from crpo_kernels import plan
 from numerics import PRESETS, assert_near, assert_same_result, make_problem, rms, run_loss
 from triton_cases import TOLERANCE, note_plans, shrink

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crpo_kernels as ck
 import triton_tools
-from benchmarks.gpu_targets import TARGETS
+from benchmarks.gpu_gate.targets import TARGETS
 from benchmarks.live_bytes import LiveBytes
 from triton_cases import peaks
 

@@ -1,0 +1,1 @@
+"""Correctness, precision, memory and speed on one GPU."""

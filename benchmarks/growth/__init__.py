@@ -1,0 +1,1 @@
+"""Time and bytes against sizes, settings and ranks."""

@@ -1,0 +1,1 @@
+"""The main job over seeds beside its rivals."""

@@ -1,0 +1,1 @@
+"""The training phase of one optimizer step, ours and TRL's."""
