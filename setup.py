@@ -1,8 +1,7 @@
 """The distribution `crpo-fast`: import packages `crpo_fast` and `crpo_kernels`.
 
-Lower bounds, and an upper one for TRL, whose trainer is subclassed; `constraints.txt` holds the
-exact versions that are tested. `kernels/` is a source root and no package, because PyPI has a
-distribution whose import name is `kernels`.
+Lower bounds only; `constraints.txt` holds the exact versions that are tested. `kernels/` is a
+source root and no package, because PyPI has a distribution whose import name is `kernels`.
 """
 
 from pathlib import Path
@@ -17,7 +16,7 @@ TRACKERS = ["tensorboard>=2.19", "trackio>=0.43", "wandb>=0.31"]
 # What crpo_fast.integrations and docs/examples are tested with, verl apart: its requirements hold
 # Ray and more, so `pip install --no-deps verl` brings the modules that are tested.
 INTEGRATIONS = [
-    *("accelerate>=1.10", "datasets>=4.7", "peft>=0.18", "trl>=1.16,<1.17"),
+    *("accelerate>=1.10", "datasets>=4.7", "peft>=0.18", "trl>=1.16"),
     "deepspeed>=0.18.6; platform_system == 'Linux'",
 ]
 

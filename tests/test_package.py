@@ -22,7 +22,7 @@ COMMANDS = [
     'pip install -c constraints.txt -e ".[test]" && pytest',
 ]
 EXTRAS = {"demo", "test", "flash", "liger", "tensorboard", "wandb", "trackio", "dev"}
-EXTRAS |= {"bench", "bench-gpu"}
+EXTRAS |= {"bench", "bench-gpu", "integrations"}
 
 
 def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
