@@ -63,6 +63,12 @@ def device_name(where: dict[str, Any]) -> str:
     return gpu_name(where) or where["cpu"]
 
 
+def opening(title: str, report: dict[str, Any]) -> list[str]:
+    """The first lines of a report's page: what it is about, where and how it was made."""
+    where = "a GPU" if "gpu" in report["machine"] else "a CPU"
+    return [f"# {title} on {where}", headline(report)]
+
+
 def headline(report: dict[str, Any]) -> str:
     """Command, date, commit and machine of a report."""
     where = report["machine"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.drawing.log_plot import UNITS, document, exponent_text, seconds_text
 from benchmarks.losses.plot import markdown
-from benchmarks.machine import device_name, headline
+from benchmarks.machine import device_name, headline, opening
 
 MET = {True: "yes", False: "**no**", None: "not measured"}
 METHOD = (
@@ -21,10 +21,8 @@ METHOD = (
 
 def page(report: dict[str, Any]) -> str:
     """The whole Markdown page of a run."""
-    machine = report["machine"]
     parts = [
-        f"# Growth of time and memory on {'a GPU' if 'gpu' in machine else 'a CPU'}",
-        headline(report),
+        *opening("Growth of time and memory", report),
         exponents(report),
         "## Checks",
         checks(report["checks"]),

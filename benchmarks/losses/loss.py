@@ -8,41 +8,14 @@ steps, then candidates, each with the reason.
 
 from __future__ import annotations
 
-import argparse
-
-from benchmarks import against
 from benchmarks.gpu_gate.targets import gpu_targets
 from benchmarks.machine import gpu_name
-from benchmarks.options import add_case_arguments, backends_of, device_of
 
 from .candidates import loss_candidates
-from .suite import measure_cases, run_suite
+from .suite import Suite
 
 CPU_SECONDS = 270.0
 FEWEST_ROWS = 512
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    add_case_arguments(parser, CPU_SECONDS)
-    against.add_argument(parser, "loss")
-
-
-def run(options: argparse.Namespace, command: str) -> int:
-    """Measure, print the table, write the files; with ``--gate`` 1 when a target is missed."""
-    return run_suite("loss", options, command, CPU_SECONDS, measure_loss)
-
-
-def measure_loss(options: argparse.Namespace, deadline: float) -> dict:
-    """A report but for its command; nothing begins after ``deadline`` (`time.monotonic`)."""
-    device, backends = device_of(options), backends_of(options)
-    return measure_cases(
-        "loss",
-        options,
-        deadline,
-        lambda case: loss_candidates(case, device, backends),
-        loss_targets,
-    )
 
 
 def loss_targets(found: dict, machine: dict) -> list[dict]:
@@ -87,3 +60,7 @@ def cpu_targets(rows: dict[str, dict], num_rows: int) -> list[dict]:
         if row["kind"] == "peer" and row["num_products"] == 3:
             check(f"one pass / {row['title']}, time", 1.0, seconds(ours) / seconds(row))
     return checks
+
+
+SUITE = Suite("loss", CPU_SECONDS, loss_candidates, loss_targets)
+add_arguments, run, measure_loss = SUITE.add_arguments, SUITE.run, SUITE.measure

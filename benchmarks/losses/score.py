@@ -7,38 +7,10 @@ CPU within a minute.
 
 from __future__ import annotations
 
-import argparse
-
-from benchmarks import against
-from benchmarks.options import add_case_arguments, backends_of, device_of
-
 from .candidates import score_candidates
-from .suite import measure_cases, run_suite
+from .suite import Suite
 
 CPU_SECONDS = 70.0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    add_case_arguments(parser, CPU_SECONDS)
-    against.add_argument(parser, "score")
-
-
-def run(options: argparse.Namespace, command: str) -> int:
-    """Measure, print the table, write the files; with ``--gate`` 1 when a target is missed."""
-    return run_suite("score", options, command, CPU_SECONDS, measure_score)
-
-
-def measure_score(options: argparse.Namespace, deadline: float) -> dict:
-    """A report but for its command; nothing begins after ``deadline`` (`time.monotonic`)."""
-    device, backends = device_of(options), backends_of(options)
-    return measure_cases(
-        "score",
-        options,
-        deadline,
-        lambda case: score_candidates(case, device, backends),
-        score_targets,
-    )
 
 
 def score_targets(found: dict, machine: dict) -> list[dict]:  # noqa: ARG001
@@ -63,3 +35,7 @@ def score_targets(found: dict, machine: dict) -> list[dict]:  # noqa: ARG001
         for key, title in others.items()
         if key in seconds
     ]
+
+
+SUITE = Suite("score", CPU_SECONDS, score_candidates, score_targets)
+add_arguments, run, measure_score = SUITE.add_arguments, SUITE.run, SUITE.measure

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,15 @@ from benchmarks import against, plot
 from benchmarks.clock import Clock
 from benchmarks.deadline import LATE, OutOfTime
 from benchmarks.machine import machine
-from benchmarks.options import cases_of, device_of, refusal, rounds_of, seconds_of
+from benchmarks.options import (
+    add_case_arguments,
+    backends_of,
+    cases_of,
+    device_of,
+    refusal,
+    rounds_of,
+    seconds_of,
+)
 from benchmarks.output import say
 
 from .baselines import Candidate
@@ -29,79 +37,85 @@ NEAR = ("one_pass", "scored", "trl_scored")
 ELSEWHERE = "on a CPU beside the first shape alone; --shape measures it at this one"
 
 
-def run_suite(
-    kind: str,
-    options: argparse.Namespace,
-    command: str,
-    cpu_seconds: float,
-    measure_kind: Callable[[argparse.Namespace, float], dict],
-) -> int:
-    """Measure, print the table, write ``<kind>_<device>.json`` and what is drawn of it.
+@dataclass(frozen=True)
+class Suite:
+    """A command over cases.
 
-    Returns:
-        0; 1 with ``--gate`` when a target is missed, with ``--against`` when something became
-        worse; 2 when the options cannot be right.
-    """
-    reason = refusal(options)
-    if reason is not None:
-        print(reason)
-        return 2
-    until = time.monotonic() + seconds_of(options, cpu_seconds)
-    try:
-        report: dict[str, Any] = {"command": command, **measure_kind(options, until)}
-    except SystemExit as mistake:  # a key or a model that cannot be right; 1 is a missed target's
-        print(mistake)
-        return 2
-    stem = "_".join([kind, options.device, *([options.name] if options.name else [])])
-    plot.publish(report, options.out / stem)
-    status = against.check(report, options.against, options.only)
-    missed = [target["text"] for target in report["targets"] if target["met"] is False]
-    return status or (1 if options.gate and missed else 0)
-
-
-def measure_cases(
-    kind: str,
-    options: argparse.Namespace,
-    until: float,
-    candidates: Callable[[Case], list[Candidate]],
-    targets: Callable[[dict, dict], list[dict]],
-) -> dict:
-    """A report but for its command.
-
-    Args:
+    Attributes:
         kind: "loss" or "score".
-        options: as of `options.add_case_arguments`.
-        until: `time.monotonic` after which nothing begins; each case has its share of what is left.
-        candidates: of a case.
+        cpu_seconds: after which nothing begins on a CPU, where --seconds is not given.
+        candidates: of a case, a device and the backends that are asked for.
         targets: of a measured case (its CASE of the report, the machine).
     """
-    begin = time.monotonic()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    device = device_of(options)
-    pairs = cases_with_inputs(options)
-    report: dict[str, Any] = {"kind": kind, "machine": machine(device), "cases": [], "targets": []}
-    for place, (case, make) in enumerate(pairs):
-        left, others = until - time.monotonic(), len(pairs) - place - 1
-        first = FIRST_SHARE if place == 0 else 1.0
-        end = until if others == 0 else until - left * others / (others + first)
-        chosen = wanted(candidates(case), options.only)
-        if place and device.type == "cpu" and is_whole(options):
-            chosen = [as_further(candidate) for candidate in chosen]
-        found = {**sizes_of(case), "missing": LATE, "rows": []}
-        if left > 0:
-            found = unless_stopped(
-                case,
-                lambda c=case, e=end, m=make, x=chosen: measure(
-                    c, x, Clock(device), rounds_of(options), until=e, make=m
-                ),
-            )
-        report["cases"].append(found)
-        if "missing" not in found:
-            report["targets"] += targets(found, report["machine"])
-        release(device)
-        say(f"{case.shape}: done after {time.monotonic() - begin:.0f} s")
-    return {**report, "seconds": round(time.monotonic() - begin, 1)}
+
+    kind: str
+    cpu_seconds: float
+    candidates: Callable[[Case, torch.device, Sequence[str]], list[Candidate]]
+    targets: Callable[[dict, dict], list[dict]]
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The options of the command."""
+        add_case_arguments(parser, self.cpu_seconds)
+        against.add_argument(parser, self.kind)
+
+    def run(self, options: argparse.Namespace, command: str) -> int:
+        """Measure, print the table, write ``<kind>_<device>.json`` and what is drawn of it.
+
+        Returns:
+            0; 1 with ``--gate`` when a target is missed, with ``--against`` when something became
+            worse; 2 when the options cannot be right.
+        """
+        reason = refusal(options)
+        if reason is not None:
+            print(reason)
+            return 2
+        deadline = time.monotonic() + seconds_of(options, self.cpu_seconds)
+        try:
+            report: dict[str, Any] = {"command": command, **self.measure(options, deadline)}
+        except SystemExit as mistake:  # a key or a model that cannot be right; 1: a missed target
+            print(mistake)
+            return 2
+        stem = "_".join([self.kind, options.device, *([options.name] if options.name else [])])
+        plot.publish(report, options.out / stem)
+        status = against.check(report, options.against, options.only)
+        missed = [target["text"] for target in report["targets"] if target["met"] is False]
+        return status or (1 if options.gate and missed else 0)
+
+    def measure(self, options: argparse.Namespace, deadline: float) -> dict:
+        """A report but for its command.
+
+        Args:
+            options: as of `options.add_case_arguments`.
+            deadline: `time.monotonic` after which nothing begins; each case has its share of what
+                is left.
+        """
+        begin = time.monotonic()
+        torch.set_num_threads(options.threads)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        device, backends = device_of(options), backends_of(options)
+        pairs, where = cases_with_inputs(options), machine(device)
+        report: dict[str, Any] = {"kind": self.kind, "machine": where, "cases": [], "targets": []}
+        for place, (case, make) in enumerate(pairs):
+            left, others = deadline - time.monotonic(), len(pairs) - place - 1
+            first = FIRST_SHARE if place == 0 else 1.0
+            end = deadline if others == 0 else deadline - left * others / (others + first)
+            chosen = wanted(self.candidates(case, device, backends), options.only)
+            if place and device.type == "cpu" and is_whole(options):
+                chosen = [as_further(candidate) for candidate in chosen]
+            found = {**sizes_of(case), "missing": LATE, "rows": []}
+            if left > 0:
+                found = unless_stopped(
+                    case,
+                    lambda c=case, e=end, m=make, x=chosen: measure(
+                        c, x, Clock(device), rounds_of(options), until=e, make=m
+                    ),
+                )
+            report["cases"].append(found)
+            if "missing" not in found:
+                report["targets"] += self.targets(found, where)
+            release(device)
+            say(f"{case.shape}: done after {time.monotonic() - begin:.0f} s")
+        return {**report, "seconds": round(time.monotonic() - begin, 1)}
 
 
 def is_whole(options: argparse.Namespace) -> bool:

@@ -22,7 +22,7 @@ from benchmarks.live_bytes import memory_of
 from benchmarks.losses.baselines import Candidate
 from benchmarks.losses.candidates import loss_candidates, score_candidates
 from benchmarks.losses.cases import DTYPES, GPU_ROWS, SHAPES, Case, Inputs
-from benchmarks.losses.measure import HIDDEN, release
+from benchmarks.losses.measure import HIDDEN, release, sizes_of
 from benchmarks.machine import machine
 from benchmarks.options import DEVICES, absent_device, cases_of
 from benchmarks.output import RESULTS, out_folder, positive, positive_seconds, say
@@ -131,12 +131,7 @@ def one_case(case: Case, device: torch.device, options: Any, deadline: float) ->
         rows.append(one_row(candidate, case, inputs, why, min(PEER_SECONDS, left)))
     large = replace(case, num_rows=options.rows or max(GPU_ROWS, case.num_rows))
     return {
-        "name": case.shape,
-        "case": case.name,
-        "rows_t": case.num_rows,
-        "vocab": case.vocab_size,
-        "dim": case.dim,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        **sizes_of(case),
         "rows": rows,
         "planned_case": large.name,
         "planned": [planned_row(key, large) for key in KEYS],

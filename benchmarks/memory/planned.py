@@ -16,7 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crpo_kernels as ck
 from benchmarks.live_bytes import LiveBytes
-from benchmarks.losses.baselines import FEWEST_ROWS, Result, gradients, naive, policy_arguments
+from benchmarks.losses.baselines import (
+    FEWEST_ROWS,
+    Result,
+    gradients,
+    naive,
+    policy_arguments,
+    scored,
+)
 from benchmarks.losses.cases import NUM_SEQUENCES, Case, Inputs
 from crpo_kernels.plan import BYTES_OF_VECTORS
 
@@ -52,7 +59,7 @@ def planned_bytes(
         )
     inputs = constant_inputs(case, hidden, weight)
     steps: dict[str, Callable[[Inputs], Result]] = {
-        "scored": lambda given: _scored(given, backend, workspace_bytes),
+        "scored": scored(backend, workspace_bytes=workspace_bytes),
         "naive": lambda given: _naive(given, fake),
     }
     step = steps.get(key, lambda given: _fused(given, key, backend, workspace_bytes, fake))
@@ -86,19 +93,6 @@ def _fused(
     )
     with fake:
         return Result(loss, *gradients(loss, inputs))
-
-
-def _scored(inputs: Inputs, backend: str, workspace_bytes: int | None) -> Result:
-    with torch.no_grad():
-        out = ck.linear_logprobs(
-            inputs.hidden,
-            inputs.weight,
-            inputs.labels,
-            temperature=inputs.case.temperature,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-        )
-    return Result(logprobs=out.logprobs, entropy=out.entropy)
 
 
 def _naive(inputs: Inputs, fake: FakeTensorMode) -> Result:

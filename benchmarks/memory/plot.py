@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.drawing.bars import COLOURS, WIDTH, framed, left_out, num_lines, reasons, text
 from benchmarks.drawing.log_plot import bytes_text
 from benchmarks.losses.plot import MET, markdown
-from benchmarks.machine import headline
+from benchmarks.machine import headline, opening
 
 LABEL, TAIL, BAR, GAP, HEAD, PANEL = 290, 230, 14, 6, 66, 34
 METHOD = (
@@ -22,10 +22,8 @@ METHOD = (
 
 def page(report: dict[str, Any]) -> str:
     """The whole Markdown page of a run."""
-    machine = report["machine"]
     parts = [
-        f"# Peak memory on {'a GPU' if 'gpu' in machine else 'a CPU'}",
-        headline(report),
+        *opening("Peak memory", report),
         *(text for case in report["cases"] for text in section(case)),
         METHOD,
     ]

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.drawing.bars import COLOURS, WIDTH, framed, text, whisker
 from benchmarks.drawing.log_plot import bytes_text
 from benchmarks.losses.plot import markdown
-from benchmarks.machine import headline
+from benchmarks.machine import opening
 
 LABEL, TAIL, BAR, GAP, HEAD, PANEL = 210, 330, 16, 7, 60, 34
 METHOD = (
@@ -22,15 +22,13 @@ METHOD = (
 
 def page(report: dict[str, Any]) -> str:
     """The whole Markdown page of a run."""
-    machine = report["machine"]
     model = (
         f"Model {report['model']}, {report['parameters'] / 1e6:,.1f} M random parameters in "
         f"{report['dtype']}; attention {report['attention']} (plain generate: sdpa instead of "
         "sdpa_packed)."
     )
     parts = [
-        f"# Rollouts on {'a GPU' if 'gpu' in machine else 'a CPU'}",
-        headline(report),
+        *opening("Rollouts", report),
         model,
     ]
     for case in report["cases"]:
