@@ -30,6 +30,7 @@ EXTRAS = {
         "playwright>=1.49",  # the report in a real browser, when a chromium is there
         "pyrefly>=1.4",
         "pytest>=9",
+        "pytest-xdist>=3.8",
         "ruff>=0.17",
         "setuptools>=77",  # the wheel test builds without network
         *TRACKERS,

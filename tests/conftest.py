@@ -1,4 +1,4 @@
-"""Fixtures and skips that all tests share.
+"""Fixtures and skips that all tests share, and what ``pytest -n`` needs (pytest-xdist).
 
 Without a CUDA device this imports triton and our kernels for Triton's interpreter, before anything
 else imports triton, and leaves TRITON_INTERPRET as it was (triton_tools.py).
@@ -7,16 +7,22 @@ else imports triton, and leaves TRITON_INTERPRET as it was (triton_tools.py).
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported by any test
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: one worker a core, so one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -25,6 +31,8 @@ import triton_tools
 triton_tools.import_interpreted()
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_WORKERS = 8  # the longest file alone takes about an eighth of the whole
+WORKER_BYTES = 3 << 30  # a worker and the two to four ranks that one of its tests may start
 skip_counts: Counter[str] = Counter()
 
 
@@ -55,11 +63,55 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
         if marked:
             skip_counts[f"{marker} ({reason})"] = len(marked)
+    if note := getattr(config, "workerinput", {}).get("skip_note"):
+        Path(note).write_text(json.dumps(skip_counts), encoding="utf-8")
 
 
 def pytest_report_collectionfinish() -> list[str]:
     """Says how many tests will be skipped, by marker."""
     return [f"will skip {count} tests marked {why}" for why, count in skip_counts.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of ``-n auto``: one a core, as many as memory holds; none where a GPU is measured."""
+    if torch.cuda.is_available():
+        return 0
+    from crpo_fast.distributed import num_cores
+
+    held = psutil.virtual_memory().available // WORKER_BYTES
+    return max(1, min(num_cores(), MAX_WORKERS, held))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one worker: its fixtures, often runs of several ranks, start once."""
+    if config.getvalue("dist") != "load":  # the default of -n
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tells a worker where to note what it skips."""
+    handle, node.workerinput["skip_note"] = tempfile.mkstemp(prefix="crpo-fast-")
+    os.close(handle)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any) -> None:
+    """Says once what workers skip (they all collect the same): pytest itself does not."""
+    note = Path(node.workerinput["skip_note"])
+    counts = json.loads(note.read_text(encoding="utf-8"))
+    note.unlink()
+    if skip_counts:
+        return
+    skip_counts.update(counts)
+    reporter = node.config.pluginmanager.get_plugin("terminalreporter")
+    for line in pytest_report_collectionfinish():
+        reporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

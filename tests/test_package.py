@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 COMMANDS = [
     'pip install -c constraints.txt -e ".[demo]" && torchrun crpo_fast/train.py',
-    'pip install -c constraints.txt -e ".[test]" && pytest',
+    'pip install -c constraints.txt -e ".[test]" && pytest -n auto',
 ]
 EXTRAS = {"demo", "test", "flash", "liger", "tensorboard", "wandb", "trackio", "dev"}
 EXTRAS |= {"bench", "bench-gpu", "integrations"}
