@@ -79,11 +79,11 @@ def test_signatures_are_the_contract():
         "backend='auto', mode='auto', workspace_bytes=None, process_group=None, vocab_start=0"
     )
     expected = {
-        ck.linear_logprobs: f"hidden, weight, labels, *, {head}, head_dtype=None",
+        ck.linear_logprobs: f"hidden, weight, labels, *, {head}, head_dtype=None, lora_head=None",
         ck.linear_policy_loss: (
             "hidden, weight, labels, *, advantages=None, token_weights, entropy_weights=None, "
             "z_loss_weights=None, old_logprobs=None, rollout_logprobs=None, ref_logprobs=None, "
-            f"spec={ck.ObjectiveSpec()!r}, cu_seqlens=None, {head}"
+            f"spec={ck.ObjectiveSpec()!r}, cu_seqlens=None, {head}, lora_head=None"
         ),
         ck.aggregation_weights: (
             "loss_mask, cu_seqlens, *, aggregation='token_mean', num_tokens=None, "

@@ -35,6 +35,10 @@ Both take the head the same way:
                      on a CPU, 4 V D + 8192 V bytes on a GPU, or half of what is free if less;
                      a number where torch.utils.checkpoint runs the call again, as that may change.
                      The fused kernel makes no logits: it only bounds what it gathers of hidden
+    lora_head        (A, B, scaling) of a low-rank adapter, A [r, D], B [V, r], of any floating
+                     dtype: adds scaling * (hidden A^T) B^T to the products. A and B get gradients,
+                     weight only if it asks for one; for a frozen one no V x D tensor is made
+                     (4NVD + 6NVr work). The fused kernel does not take it
     process_group, vocab_start   vocabulary-parallel heads; not implemented
 
 Results are fp32 (fp64 for fp64 inputs). On a CPU bf16 products are rounded to bf16, as in any bf16
@@ -79,6 +83,7 @@ def linear_logprobs(
     process_group: object = None,
     vocab_start: int = 0,
     head_dtype: torch.dtype | None = None,
+    lora_head: tuple[Tensor, Tensor, float] | None = None,  # A [r, D], B [V, r], scaling
 ) -> Logprobs:
     """The log-probability of each label, the entropy and the log-sum-exp, without all logits.
 
@@ -93,8 +98,8 @@ def linear_logprobs(
     gets a copy of V D bytes, which is no part of ``workspace_bytes``.
 
     Returns:
-        `Logprobs` of ``[T]`` in nats, differentiable once in hidden, weight and bias through any of
-        the three.
+        `Logprobs` of ``[T]`` in nats, differentiable once in hidden, weight, bias, A and B through
+        any of the three.
 
     Raises:
         ValueError: an argument that cannot be right; the message says what to pass.
@@ -102,7 +107,7 @@ def linear_logprobs(
     """
     check_vocabulary_shard(process_group, vocab_start)
     transform = (temperature, logit_scale, logit_softcap)
-    inputs = HeadInputs(hidden, weight, labels, bias, transform, rows)
+    inputs = HeadInputs(hidden, weight, labels, bias, transform, rows, lora_head)
     run = RunOptions(backend, mode, workspace_bytes, head_dtype)
     if torch.compiler.is_compiling() and backend != "dense":
         return traced_logprobs(inputs, run)
@@ -111,7 +116,7 @@ def linear_logprobs(
 
 def _logprobs(inputs: HeadInputs, run: RunOptions) -> Logprobs:
     call = HeadCall(*inputs)
-    call.plan_logprobs(run, call.needs_any)
+    call.plan_logprobs(run, any(call.needs))
     outputs, _ = call.logprobs()
     return Logprobs(*(call.scatter(value) for value in outputs))
 
@@ -140,11 +145,12 @@ def linear_policy_loss(
     workspace_bytes: int | None = None,
     process_group: object = None,
     vocab_start: int = 0,
+    lora_head: tuple[Tensor, Tensor, float] | None = None,  # A [r, D], B [V, r], scaling
 ) -> tuple[Tensor, TokenStats]:
     """The fused policy loss: sums, no means, because the weights hold every denominator.
 
     Returns:
-        loss: ``[]``, differentiable once in hidden, weight and bias; all else is constant.
+        loss: ``[]``, differentiable once in hidden, weight, bias, A and B; all else is constant.
         stats: `TokenStats` of ``[T]``, detached.
 
     Raises:
@@ -162,7 +168,7 @@ def linear_policy_loss(
         "ref_logprobs": ref_logprobs,
     }
     transform = (temperature, logit_scale, logit_softcap)
-    inputs = HeadInputs(hidden, weight, labels, bias, transform, rows)
+    inputs = HeadInputs(hidden, weight, labels, bias, transform, rows, lora_head)
     run = RunOptions(backend, mode, workspace_bytes)
     if torch.compiler.is_compiling() and backend != "dense":
         return traced_policy_loss(inputs, run, vectors, spec, cu_seqlens)

@@ -1,10 +1,11 @@
 """Where the fused loss meets autograd: three functions that differentiate once.
 
-    OnePassLoss      hidden, weight, bias -> loss       gradients are made in forward, scaled later
-    ChunkedLogprobs  hidden, weight, bias -> logprobs, entropy, lse          made in backward
+    OnePassLoss      factors -> loss                    gradients are made in forward, scaled later
+    ChunkedLogprobs  factors -> logprobs, entropy, lse                       made in backward
     ObjectiveLoss    logprobs, entropy, lse -> loss             the objective's own slopes
 
-one_pass is the first; two_pass is the second followed by the third. A second derivative is refused.
+`factors.Factors` are hidden, weight, bias and those of an adapter. one_pass is the first function;
+two_pass is the second followed by the third. A second derivative is refused.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .chunked import Gradients, Head, backprop, d_weight_of, one_pass, score
+from .factors import Factors
 from .products import scaled
 from .row_table import OUTPUTS, Objective, RowTable
 from .rows import RowStats
 from .spec import Logprobs
 from .terms import Coefficients, LossRows, evaluate
+
+NUM_FACTORS = len(Factors._fields)
 
 
 class OnePassLoss(torch.autograd.Function):
@@ -32,39 +36,38 @@ class OnePassLoss(torch.autograd.Function):
         hidden: Tensor,  # [T, D]
         weight: Tensor,  # [V, D]
         bias: Tensor | None,  # [V]
+        states: Tensor | None,  # [T, r]
+        up: Tensor | None,  # [V, r]
         head: Head,
         objective: Objective,
         tables: list[RowTable],
     ) -> Tensor:  # []
         """The loss; per-token results are appended to ``tables``."""
-        gradients, table = one_pass(hidden, weight, head, objective)
+        made, table = one_pass(Factors(hidden, weight, bias, states, up), head, objective)
         tables.append(table)
-        kept = gradients.d_raw is not None
+        kept = made.d_raw is not None
         ctx.save_for_backward(
-            gradients.d_hidden,
-            gradients.d_weight,
-            gradients.d_bias,
-            gradients.d_raw,
+            *(made.d_hidden, made.d_weight, made.d_bias, made.d_raw, made.d_states, made.d_up),
             hidden if kept else None,
             head.rows if kept else None,
         )
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias, up)]
         return table.column("loss").sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple:
         """Everything times ``grad_out``; nothing that is kept is changed, so it can run again."""
-        d_hidden, d_weight, d_bias, d_raw, hidden, rows = ctx.saved_tensors
-        gradients = Gradients(d_hidden, d_weight, d_bias, d_raw)
-        has_weight = d_weight is not None or d_raw is not None
+        *values, hidden, rows = ctx.saved_tensors
+        made = Gradients(*values)
+        weight_dtype, bias_dtype, up_dtype = ctx.dtypes
+        has_weight = made.d_weight is not None or made.d_raw is not None
         return (
-            None if d_hidden is None else scaled(d_hidden, grad_out),
-            d_weight_of(gradients, hidden, rows, grad_out, ctx.weight_dtype)
-            if has_weight
-            else None,
-            None if d_bias is None else (d_bias * grad_out).to(ctx.bias_dtype),
+            None if made.d_hidden is None else scaled(made.d_hidden, grad_out),
+            d_weight_of(made, hidden, rows, grad_out, weight_dtype) if has_weight else None,
+            None if made.d_bias is None else (made.d_bias * grad_out).to(bias_dtype),
+            None if made.d_states is None else scaled(made.d_states, grad_out),
+            None if made.d_up is None else (made.d_up * grad_out).to(up_dtype),
             None,
             None,
             None,
@@ -80,14 +83,16 @@ class ChunkedLogprobs(torch.autograd.Function):
         hidden: Tensor,  # [T, D]
         weight: Tensor,  # [V, D]
         bias: Tensor | None,  # [V]
+        states: Tensor | None,  # [T, r]
+        up: Tensor | None,  # [V, r]
         head: Head,
     ) -> tuple[Tensor, ...]:  # [n] each
         """(logprobs, entropy, lse, is_top1) of the counted rows."""
-        table, kept = score(hidden, weight, head)
+        factors = Factors(hidden, weight, bias, states, up)
+        table, kept = score(factors, head)
         stats = table.stats()
-        ctx.save_for_backward(hidden, weight, *stats)
+        ctx.save_for_backward(*factors, *stats)
         ctx.kept, ctx.head = kept, head
-        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         outputs = tuple(table.column(name).clone() for name in OUTPUTS)
         ctx.mark_non_differentiable(outputs[3])
@@ -97,22 +102,28 @@ class ChunkedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         """Rows' gradients from what was kept the first time, recomputed after that."""
-        hidden, weight, *values = ctx.saved_tensors
-        stats = RowStats(*values)
+        saved = ctx.saved_tensors
+        factors = Factors(*saved[:NUM_FACTORS])
+        stats = RowStats(*saved[NUM_FACTORS:])
         g, q, l = grads[:3]  # noqa: E741
         if g is None:
             g = torch.zeros_like(stats.logprobs)
         kept, ctx.kept = ctx.kept, None  # overwritten below
-        gradients = backprop(hidden, weight, ctx.head, stats, Coefficients(g, q, l), kept)
-        d_weight, d_bias = None, gradients.d_bias
-        if ctx.head.needs_weight:
-            d_weight = d_weight_of(gradients, hidden, ctx.head.rows, None, weight.dtype)
-        return (
-            gradients.d_hidden,
-            d_weight,
-            None if d_bias is None else d_bias.to(ctx.bias_dtype),
-            None,
-        )
+        made = backprop(factors, ctx.head, stats, Coefficients(g, q, l), kept)
+        return *finished(made, factors, ctx.head), None
+
+
+def finished(made: Gradients, factors: Factors, head: Head) -> tuple[Tensor | None, ...]:
+    """The gradient of every factor, in its dtype."""
+    hidden, weight, bias, _, up = factors
+    d_weight, d_bias, d_up = None, made.d_bias, made.d_up
+    if head.needs.weight:
+        d_weight = d_weight_of(made, hidden, head.rows, None, weight.dtype)
+    if d_bias is not None and bias is not None:
+        d_bias = d_bias.to(bias.dtype)
+    if d_up is not None and up is not None:
+        d_up = d_up.to(up.dtype)
+    return made.d_hidden, d_weight, d_bias, made.d_states, d_up
 
 
 class ObjectiveLoss(torch.autograd.Function):
@@ -143,13 +154,11 @@ class ObjectiveLoss(torch.autograd.Function):
         return (*slopes, None, None)
 
 
-def head_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head
-) -> tuple[Logprobs, Tensor]:
+def head_logprobs(factors: Factors, head: Head) -> tuple[Logprobs, Tensor]:
     """(logprobs, entropy, lse) and is_top1 of the counted rows, ``[n]``; scores without a graph."""
-    if head.needs_any:
-        *outputs, is_top1 = ChunkedLogprobs.apply(hidden, weight, bias, head)
+    if any(head.needs):
+        *outputs, is_top1 = ChunkedLogprobs.apply(*factors, head)
         return Logprobs(*outputs), is_top1
-    table, _ = score(hidden, weight, head)
+    table, _ = score(factors, head)
     logprobs, entropy, lse, is_top1 = (table.column(name) for name in OUTPUTS)
     return Logprobs(logprobs, entropy, lse), is_top1

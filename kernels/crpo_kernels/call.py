@@ -7,6 +7,7 @@ are scattered back to ``[T]``. ``n`` is the number of counted rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from .dispatch import (
     one_pass_reason,
     plan_scoring,
 )
+from .factors import Adapter, Factors, Needs
 from .host import is_fake
+from .lora import operations, with_adapter
 from .plan import HeadSizes
 from .quantised import check_head_dtype, widened
 from .reference import dense_logits, dense_logprobs
@@ -46,7 +49,7 @@ from .weights import sequence_of_token
 
 
 class HeadCall:
-    """The three differentiable tensors, the compact constants and the plan of one call."""
+    """The differentiable factors, the compact constants and the plan of one call."""
 
     def __init__(
         self,
@@ -56,7 +59,8 @@ class HeadCall:
         bias: Tensor | None,  # [V]
         transform: tuple[Tensor | float, float, float | None],
         rows: Tensor | Sequence[int] | None,
-        needs: Sequence[bool] | None = None,
+        lora_head: Any = None,
+        needs: Needs | None = None,
     ) -> None:
         """Check everything about the head itself.
 
@@ -67,7 +71,8 @@ class HeadCall:
             bias: of the head.
             transform: temperature, logit_scale and logit_softcap.
             rows: that count.
-            needs: whether hidden, weight and bias need a gradient; None: as autograd says.
+            lora_head: (A, B, scaling) of an adapter, or what was made of them (states, up).
+            needs: which factors need a gradient; None: as autograd says.
 
         Raises:
             ValueError: an argument that cannot be right.
@@ -77,11 +82,14 @@ class HeadCall:
             hidden, weight = cast_for_autocast(hidden, weight)
         check_tensors(hidden, weight, labels, bias)
         check_scale(logit_scale, logit_softcap)
-        if needs is None:
-            needs = [needs_gradient(tensor) for tensor in (hidden, weight, bias)]
-        self.needs_hidden, self.needs_weight, self.needs_bias = needs
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
-        self.weight, self.bias = weight, bias
+        flat = hidden.reshape(-1, hidden.shape[-1])  # [T, D]
+        if isinstance(lora_head, Adapter):
+            states, up = lora_head
+            self.factors = Factors(flat, weight, bias, states.reshape(-1, up.shape[1]), up)
+        else:
+            self.factors = with_adapter(Factors(flat, weight, bias), lora_head)
+        self.needs = self.factors.needs() if needs is None else needs
+        self.hidden, self.weight = flat, weight
         self.dtype = stats_dtype(hidden)
         self.num_rows = self.hidden.shape[0]
         all_labels = check_labels(labels, self.num_rows, weight.shape[0])
@@ -99,11 +107,6 @@ class HeadCall:
         }
         constant_bias = None if bias is None else bias.detach().to(self.dtype)
         self.view = LogitView.make(constant_bias, temperature, logit_scale, logit_softcap)
-
-    @property
-    def needs_any(self) -> bool:
-        """Whether a gradient flows to anything."""
-        return self.needs_hidden or self.needs_weight or self.needs_bias
 
     def compact(self, vector: Tensor) -> Tensor:  # [T] -> [n]
         """The counted rows of a per-token vector."""
@@ -195,12 +198,13 @@ class HeadCall:
             is_fake=is_fake(self.hidden),
         )  # fmt: skip
         num_rows = self.labels.numel()
+        rank = 0 if self.factors.up is None else self.factors.up.shape[1]
         eager_reason = uncompiled_reason(self.hidden, num_rows, self.weight.shape[0])
         sizes = HeadSizes(
             self.hidden, self.weight, num_rows, choice.name, run.workspace_bytes,
-            needs=(self.needs_hidden, self.needs_weight), is_compiled=eager_reason is None,
-            may_keep=self.needs_any and may_keep, is_gathered=self.rows is not None,
-            head_dtype=run.head_dtype,
+            needs=self.needs[:2], is_compiled=eager_reason is None,
+            may_keep=any(self.needs) and may_keep, is_gathered=self.rows is not None,
+            head_dtype=run.head_dtype, lora_rank=rank,
         )  # fmt: skip
         if is_scoring:
             plan, scorer = plan_scoring(sizes, run.mode, choice.reason)
@@ -208,28 +212,31 @@ class HeadCall:
         else:
             plan, reason = choose_plan(sizes, run.mode, one_pass_reason, lengths)
             why = mode_reason(plan, reason)
+        why += operations(plan, self.needs, rank)
         log_choice(plan, choice, why, eager_reason)
         self.head = Head(
             rows=self.rows,
             labels=self.labels,
             view=self.view,
             plan=plan,
-            needs_hidden=self.needs_hidden,
-            needs_weight=self.needs_weight,
-            needs_bias=self.needs_bias,
+            needs=self.needs,
             head_dtype=run.head_dtype,
         )
 
     def logprobs(self) -> tuple[Logprobs, Tensor]:
         """(logprobs, entropy, lse) and is_top1, ``[n]``."""
         if self.head.plan.backend != "dense":
-            return head_logprobs(self.hidden, self.weight, self.bias, self.head)
-        hidden = self.hidden if self.rows is None else self.hidden[self.rows]  # [n, D]
-        weight = self.weight
+            return head_logprobs(self.factors, self.head)
+        hidden, weight, states = self.hidden, self.weight, self.factors.states
+        if self.rows is not None:
+            hidden = hidden[self.rows]  # [n, D]
+            states = None if states is None else states[self.rows]  # [n, r]
         if self.head.head_dtype is not None:
             hidden, weight = widened(hidden), widened(weight)
         with without_autocast(hidden):
-            logits = dense_logits(hidden, weight, **self.options)  # [n, V]
+            logits = dense_logits(  # [n, V]
+                hidden, weight, states=states, up=self.factors.up, **self.options
+            )
             *outputs, is_top1 = dense_logprobs(logits, self.labels)
         return Logprobs(*outputs), is_top1
 
@@ -237,12 +244,10 @@ class HeadCall:
         """Loss ``[]`` and statistics ``[T]``."""
         if self.head.plan.backend != "dense" and self.head.plan.mode == "one_pass":
             tables: list[RowTable] = []
-            if self.needs_any:
-                loss = OnePassLoss.apply(
-                    self.hidden, self.weight, self.bias, self.head, objective, tables
-                )
+            if any(self.needs):
+                loss = OnePassLoss.apply(*self.factors, self.head, objective, tables)
             else:
-                tables.append(one_pass(self.hidden, self.weight, self.head, objective)[1])
+                tables.append(one_pass(self.factors, self.head, objective)[1])
                 loss = tables[0].column("loss").sum()
             return loss, self.token_stats(tables[0].values, tables[0].names)
         results: list[LossRows] = []
@@ -266,11 +271,6 @@ class HeadCall:
         values = {name: columns[name] for name in TokenStats._fields if name in columns}
         flags = {name: values[name] > 0 for name in ("is_clipped", "is_top1")}
         return TokenStats(**{**values, **flags}, is_counted=counted)
-
-
-def needs_gradient(tensor: Tensor | None) -> bool:
-    """Whether a gradient flows to ``tensor``."""
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def cast_for_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

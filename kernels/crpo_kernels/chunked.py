@@ -3,6 +3,7 @@
     one_pass   for each group of G rows:
                    for each chunk of C rows:  Z = hidden_c W^T;  stats and objective;  dZ
                    d_hidden of the group = dZ W
+               (an adapter adds states_c B^T to Z; d_states = dZ B, d_B = dZ^T states in fp32)
                one group:   keep dZ, and d_weight = dZ^T (hidden * grad_out) is one product in
                             backward
                several:     d_weight accumulates over the groups in fp32
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .factors import NO_NEEDS, Factors, Needs
 from .plan import SLAB_BYTES, Plan, is_separate, padded, product_rows, raw_dtype
 from .products import add_product, product, scaled
 from .quantised import put_logits, quantised
@@ -36,21 +38,14 @@ from .terms import Coefficients
 
 @dataclass(frozen=True)
 class Head:
-    """One call of the head: everything but the three tensors that may need a gradient."""
+    """One call of the head: everything but the factors, which may need a gradient."""
 
     rows: Tensor | None  # [n] int64 counted rows of hidden, None: all
     labels: Tensor  # [n] int64
     view: LogitView
     plan: Plan
-    needs_hidden: bool
-    needs_weight: bool
-    needs_bias: bool
+    needs: Needs
     head_dtype: torch.dtype | None = None  # of a quantised head, which only scores
-
-    @property
-    def needs_any(self) -> bool:
-        """Whether anything upstream wants a gradient."""
-        return self.needs_hidden or self.needs_weight or self.needs_bias
 
 
 @dataclass
@@ -61,6 +56,8 @@ class Gradients:
     d_weight: Tensor | None = None  # [V, D] accumulated, fp32 (fp64)
     d_bias: Tensor | None = None  # [V] fp32 (fp64)
     d_raw: Tensor | None = None  # [n, V] of a single chunk, instead of d_weight
+    d_states: Tensor | None = None  # [T, r]
+    d_up: Tensor | None = None  # [V, r] accumulated, fp32 (fp64)
 
 
 def stats_dtype(tensor: Tensor) -> torch.dtype:
@@ -78,22 +75,23 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
 class Chunks:
     """The buffers of one call and the products around the row work."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, head: Head, kept: Tensor | None = None
-    ) -> None:
-        self.hidden, self.weight, self.head = hidden, weight, head
+    def __init__(self, factors: Factors, head: Head, kept: Tensor | None = None) -> None:
+        self.factors, self.head = factors, head
+        self.hidden, self.weight = factors.hidden, factors.weight
         self.num_rows, plan = head.labels.numel(), head.plan
         self.is_kept = kept is not None
         size = min(plan.chunk_rows, self.num_rows)
-        self.is_separate = is_separate(hidden, plan.backend)
+        self.is_separate = is_separate(factors.hidden, plan.backend)
         self.has_exps = self.is_kept and self.is_separate
         if kept is None:
             is_wide = head.head_dtype is not None  # products of eight bits are fp32
-            kept = self._buffer(size, torch.float32 if is_wide else raw_dtype(hidden, plan.backend))
+            kept = self._buffer(
+                size, torch.float32 if is_wide else raw_dtype(factors.hidden, plan.backend)
+            )
         self.raw = kept  # [C, V]; of all rows where it was kept
         self.d_raw = self.raw  # [G, V]
-        if self.is_separate and head.needs_any and not self.is_kept:
-            self.d_raw = self._buffer(min(plan.group_rows, self.num_rows), hidden.dtype)
+        if self.is_separate and any(head.needs) and not self.is_kept:
+            self.d_raw = self._buffer(min(plan.group_rows, self.num_rows), factors.hidden.dtype)
         self.work = self._row_work(size)
 
     def _buffer(self, num_rows: int, dtype: torch.dtype) -> Tensor:  # [num_rows, V]
@@ -120,21 +118,26 @@ class Chunks:
             return
         yield from self.head.plan.groups(self.num_rows)
 
-    def hidden_of(self, rows: slice) -> Tensor:  # [C, D]
-        """The hidden states of some counted rows."""
+    def of(self, tensor: Tensor, rows: slice) -> Tensor:  # [T, D] -> [C, D]
+        """Some counted rows of ``tensor``."""
         if self.head.rows is None:
-            return self.hidden[rows]
-        return self.hidden.index_select(0, self.head.rows[rows])
+            return tensor[rows]
+        return tensor.index_select(0, self.head.rows[rows])
 
     def logits(self, rows: slice) -> Tensor:  # [C, V]
         """Raw products of a chunk, in the call's one buffer."""
         out = self.raw[: rows.stop - rows.start]
         if self.is_kept:
             return out
+        hidden = self.of(self.hidden, rows)  # [C, D]
         if self.head.head_dtype is not None:
-            put_logits(self.hidden_of(rows), self.weight, out, self.head.plan.slab_rows)
-            return out
-        return product(self.hidden_of(rows), self.weight.t(), out)
+            put_logits(hidden, self.weight, out, self.head.plan.slab_rows)
+        else:
+            product(hidden, self.weight.t(), out)
+        _, _, _, states, up = self.factors
+        if states is not None and up is not None:
+            add_product(out, self.of(states, rows), up.t())
+        return out
 
     def view_of(self, rows: slice) -> LogitView:
         """How the raw products of a chunk become logits."""
@@ -176,14 +179,14 @@ class Chunks:
         return self.work
 
 
-def score(hidden: Tensor, weight: Tensor, head: Head) -> tuple[RowTable, Tensor | None]:
+def score(factors: Factors, head: Head) -> tuple[RowTable, Tensor | None]:
     """Statistics of all counted rows ``[n]``, and what the plan keeps for their gradient."""
+    hidden, weight = factors[:2]
     if head.plan.scorer == "fused":
         return fused_score(hidden, weight, head), None
-    reads = replace(head, needs_hidden=False, needs_weight=False, needs_bias=False)
-    chunks = Chunks(hidden, weight, reads)
+    chunks = Chunks(factors, replace(head, needs=NO_NEEDS))
     table = RowTable((*SUMS, *OUTPUTS), chunks.num_rows, hidden, stats_dtype(hidden))
-    kept = head.plan.kept if head.needs_any and chunks.num_rows else None
+    kept = head.plan.kept if any(head.needs) and chunks.num_rows else None
     exps = chunks.new_exps() if kept == "exps" else None
     with without_autocast(hidden), torch.no_grad():
         for group in chunks.groups():
@@ -216,14 +219,9 @@ def fused_score(hidden: Tensor, weight: Tensor, head: Head) -> RowTable:
     return table
 
 
-def one_pass(
-    hidden: Tensor,  # [T, D]
-    weight: Tensor,  # [V, D]
-    head: Head,
-    objective: Objective,
-) -> tuple[Gradients, RowTable]:
+def one_pass(factors: Factors, head: Head, objective: Objective) -> tuple[Gradients, RowTable]:
     """Mode A: the objective says the coefficients of a chunk while its logits are hot."""
-    chunks = Chunks(hidden, weight, head)
+    hidden, chunks = factors.hidden, Chunks(factors, head)
     table = RowTable(chunks.work.loss_columns, chunks.num_rows, hidden, stats_dtype(hidden))
 
     def coefficients_of(rows: slice, raw: Tensor) -> tuple[RowStats, Coefficients]:
@@ -234,8 +232,7 @@ def one_pass(
 
 
 def backprop(
-    hidden: Tensor,  # [T, D]
-    weight: Tensor,  # [V, D]
+    factors: Factors,
     head: Head,
     stats: RowStats,  # of [n]
     coefficients: Coefficients,  # of [n]
@@ -246,8 +243,8 @@ def backprop(
     def take(rows: slice, _raw: Tensor) -> tuple[RowStats, Coefficients]:
         return stats.take(rows), coefficients.take(rows)
 
-    with without_autocast(hidden), torch.no_grad():
-        return _run(Chunks(hidden, weight, head, kept), take)
+    with without_autocast(factors.hidden), torch.no_grad():
+        return _run(Chunks(factors, head, kept), take)
 
 
 def _run(
@@ -255,39 +252,54 @@ def _run(
     coefficients_of: Callable[[slice, Tensor], tuple[RowStats, Coefficients]],
 ) -> Gradients:
     """The loop over groups and chunks that both modes share."""
-    head, hidden, weight = chunks.head, chunks.hidden, chunks.weight
-    gradients = Gradients()
-    if head.needs_hidden:
-        make = torch.empty_like if head.rows is None else torch.zeros_like
-        gradients.d_hidden = make(hidden, memory_format=torch.contiguous_format)
-    if head.needs_bias:
-        gradients.d_bias = hidden.new_zeros(weight.shape[0], dtype=stats_dtype(hidden))
-    is_single = head.plan.group_rows >= chunks.num_rows
-    if head.needs_weight and not is_single:
-        gradients.d_weight = weight.new_empty(weight.shape, dtype=stats_dtype(hidden))
+    head, gradients = chunks.head, _empty_gradients(chunks)
+    has_gradient = any(head.needs)
     for group in chunks.groups():
         first = group[0].start
         for rows in group:
             raw = chunks.logits(rows)
             stats, coefficients = coefficients_of(rows, raw)
-            if head.needs_any:
+            if has_gradient:
                 chunks.grad(rows, first, raw, stats, coefficients)
-        if head.needs_any:
+        if has_gradient:
             _add_products(gradients, chunks, slice(first, group[-1].stop))
-    if head.needs_weight and is_single:
+    if head.needs.weight and gradients.d_weight is None:
         gradients.d_raw = chunks.d_raw[: chunks.num_rows]
     return gradients
 
 
+def _empty_gradients(chunks: Chunks) -> Gradients:
+    """What the groups write or add to; of a single group dZ is kept instead of d_weight."""
+    hidden, weight, _, states, up = chunks.factors
+    needs, dtype, made = chunks.head.needs, stats_dtype(hidden), Gradients()
+    make = torch.empty_like if chunks.head.rows is None else torch.zeros_like
+    if needs.hidden:
+        made.d_hidden = make(hidden, memory_format=torch.contiguous_format)
+    if needs.bias:
+        made.d_bias = hidden.new_zeros(weight.shape[0], dtype=dtype)
+    if needs.weight and chunks.head.plan.group_rows < chunks.num_rows:
+        made.d_weight = weight.new_empty(weight.shape, dtype=dtype)
+    if needs.states and states is not None:
+        made.d_states = make(states, memory_format=torch.contiguous_format)
+    if needs.up and up is not None:
+        made.d_up = up.new_zeros(up.shape, dtype=dtype)
+    return made
+
+
 def _add_products(gradients: Gradients, chunks: Chunks, rows: slice) -> None:
-    """The products of a group's gradient: d_hidden, d_bias and a share of d_weight."""
+    """The products of a group's gradient: rows of d_hidden and d_states, shares of the others."""
+    hidden, weight, _, states, up = chunks.factors
     d_raw = chunks.d_raw[: rows.stop - rows.start]  # [G, V]
     if gradients.d_bias is not None:
         _add_d_bias(gradients.d_bias, d_raw, chunks.head.plan.block_rows)
     if gradients.d_hidden is not None:
-        _put_d_hidden(gradients.d_hidden, chunks, rows, d_raw)
+        _put_rows(gradients.d_hidden, chunks, rows, d_raw, weight)
+    if gradients.d_states is not None and up is not None:
+        _put_rows(gradients.d_states, chunks, rows, d_raw, up)
     if gradients.d_weight is not None:
-        _add_d_weight(gradients.d_weight, chunks, rows, d_raw)
+        _add_share(gradients.d_weight, chunks, d_raw, chunks.of(hidden, rows), rows.start == 0)
+    if gradients.d_up is not None and states is not None:
+        _add_share(gradients.d_up, chunks, d_raw, chunks.of(states, rows), is_first=False)
 
 
 def _add_d_bias(d_bias: Tensor, d_raw: Tensor, block_rows: int) -> None:
@@ -298,11 +310,17 @@ def _add_d_bias(d_bias: Tensor, d_raw: Tensor, block_rows: int) -> None:
         d_bias += d_raw[start : start + step].sum(0, dtype=d_bias.dtype)
 
 
-def _put_d_hidden(d_hidden: Tensor, chunks: Chunks, rows: slice, d_raw: Tensor) -> None:
-    """The rows of a group in d_hidden; on a GPU summed in fp32, split sums too, and cast once."""
-    counted, weight = chunks.head.rows, chunks.weight
+def _put_rows(
+    d_states: Tensor,  # [T, D]
+    chunks: Chunks,
+    rows: slice,
+    d_raw: Tensor,  # [G, V]
+    weight: Tensor,  # [V, D]
+) -> None:
+    """A group's rows of d_states = dZ W; on a GPU summed in fp32, split sums too, and cast once."""
+    counted = chunks.head.rows
     if not chunks.is_separate and counted is None:
-        torch.mm(d_raw, weight, out=d_hidden[rows])
+        torch.mm(d_raw, weight, out=d_states[rows])
         return
     step = product_rows(weight.shape[1]) if chunks.is_separate else d_raw.shape[0]
     dtype = torch.float32 if chunks.is_separate else d_raw.dtype
@@ -311,25 +329,31 @@ def _put_d_hidden(d_hidden: Tensor, chunks: Chunks, rows: slice, d_raw: Tensor) 
         result = product(part, weight, part.new_empty(part.shape[0], weight.shape[1], dtype=dtype))
         own = slice(rows.start + start, rows.start + start + part.shape[0])
         if counted is None:
-            d_hidden[own] = result
+            d_states[own] = result
         else:
-            d_hidden.index_copy_(0, counted[own], result.to(d_hidden.dtype))
+            d_states.index_copy_(0, counted[own], result.to(d_states.dtype))
 
 
-def _add_d_weight(d_weight: Tensor, chunks: Chunks, rows: slice, d_raw: Tensor) -> None:
-    """A group's share of d_weight ``[V, D]``; the first one writes."""
-    hidden = chunks.hidden_of(rows)
+def _add_share(
+    d_weight: Tensor,  # [V, D]
+    chunks: Chunks,
+    d_raw: Tensor,  # [G, V]
+    states: Tensor,  # [G, D]
+    is_first: bool,
+) -> None:
+    """A group's share of d_weight = dZ^T states; the first one writes."""
     if chunks.is_separate or d_weight.dtype == d_raw.dtype:
-        if rows.start == 0:
-            product(d_raw.t(), hidden, d_weight)
+        if is_first:
+            product(d_raw.t(), states, d_weight)
         else:
-            add_product(d_weight, d_raw.t(), hidden)
+            add_product(d_weight, d_raw.t(), states)
         return
-    slab_rows = min(chunks.head.plan.slab_rows, d_weight.shape[0])
-    buffer = d_raw.new_empty(slab_rows, hidden.shape[1])  # one for all: a new one costs its pages
+    elements = chunks.head.plan.slab_rows * chunks.weight.shape[1]
+    slab_rows = min(elements // states.shape[1], d_weight.shape[0])
+    buffer = d_raw.new_empty(slab_rows, states.shape[1])  # one for all: a new one costs its pages
     for slab in slabs(d_weight.shape[0], slab_rows):  # each share is rounded once, no sum is
-        share = torch.mm(d_raw[:, slab].t(), hidden, out=buffer[: slab.stop - slab.start])
-        if rows.start == 0:
+        share = torch.mm(d_raw[:, slab].t(), states, out=buffer[: slab.stop - slab.start])
+        if is_first:
             d_weight[slab] = share
         else:
             d_weight[slab] += share

@@ -17,6 +17,8 @@ from .dispatch import (
     plan_scoring,
     rows_reason,
 )
+from .factors import NO_NEEDS, Needs
+from .lora import operations
 from .plan import HeadSizes, Plan
 from .quantised import check_head_dtype
 from .scorer import scorer_reason
@@ -39,6 +41,7 @@ def explain_choice(
     workspace_bytes: int | None = None,
     is_scoring: bool = False,
     head_dtype: torch.dtype | None = None,
+    lora_rank: int = 0,
 ) -> tuple[str, str]:
     """Backend and mode (or scorer), and how the row passes run, each with its reason.
 
@@ -57,33 +60,54 @@ def explain_choice(
         workspace_bytes: as in the call.
         is_scoring: of `linear_logprobs` without gradients.
         head_dtype: as in the call, with ``is_scoring``.
+        lora_rank: r of ``lora_head`` beside a frozen weight; 0: the head has no adapter.
 
     Raises:
-        ValueError: what a call of these sizes would refuse, an unknown name, or a backend or mode
-            that cannot run, with the reason.
+        ValueError: what a call of these sizes would refuse, or an unknown name; with the reason.
     """
-    _check_sizes(num_rows=num_rows, vocab_size=vocab_size, hidden_size=hidden_size)
+    _check_sizes(
+        num_rows=num_rows, vocab_size=vocab_size, hidden_size=hidden_size, lora_rank=lora_rank
+    )
     hidden, weight = _stand_ins(vocab_size, hidden_size, dtype, _checked_device(device))
     check_workspace(workspace_bytes)
     choice = choose_backend(backend, hidden.device, dtype)
     eager_reason = uncompiled_reason(hidden, num_rows, vocab_size)
+    needs = _needs(is_scoring, has_adapter=bool(lora_rank))
     sizes = HeadSizes(
         hidden, weight, num_rows, choice.name, workspace_bytes, may_keep=not is_scoring,
-        needs=(not is_scoring, not is_scoring), is_compiled=eager_reason is None,
-        head_dtype=head_dtype,
+        needs=needs[:2], is_compiled=eager_reason is None, head_dtype=head_dtype,
+        lora_rank=lora_rank,
     )  # fmt: skip
     if head_dtype is not None:
         check_head_dtype(head_dtype, hidden, needs_any=not is_scoring)
+    why_not = None if is_scoring else one_pass_reason(spec, is_on_policy)
+    is_by_sequence = spec is not None and why_not is not None
+    lengths = _checked_lengths(sequence_lengths, num_rows) if is_by_sequence else None
+    plan, why = _plan(sizes, mode, choice.reason, is_scoring, (why_not, lengths))
+    why = f"backend {choice.name} ({choice.reason}), {why}{operations(plan, needs, lora_rank)}"
+    return why, _row_passes(plan, eager_reason)
+
+
+def _plan(
+    sizes: HeadSizes,
+    mode: str,
+    backend_reason: str,
+    is_scoring: bool,
+    one_pass: tuple[str | None, Lengths | None],
+) -> tuple[Plan, str]:
+    """How the call would run, and why."""
     if is_scoring:
-        plan, scorer = plan_scoring(sizes, mode, choice.reason)
-        why = scorer_reason(scorer)
-    else:
-        why_not = one_pass_reason(spec, is_on_policy)
-        is_by_sequence = spec is not None and why_not is not None
-        lengths = _checked_lengths(sequence_lengths, num_rows) if is_by_sequence else None
-        plan, reason = choose_plan(sizes, mode, why_not, lengths)
-        why = mode_reason(plan, reason)
-    return f"backend {choice.name} ({choice.reason}), {why}", _row_passes(plan, eager_reason)
+        plan, scorer = plan_scoring(sizes, mode, backend_reason)
+        return plan, scorer_reason(scorer)
+    plan, reason = choose_plan(sizes, mode, *one_pass)
+    return plan, mode_reason(plan, reason)
+
+
+def _needs(is_scoring: bool, has_adapter: bool) -> Needs:
+    """A head in training, whose weight is frozen under an adapter."""
+    if is_scoring:
+        return NO_NEEDS
+    return Needs(hidden=True, weight=not has_adapter, states=has_adapter, up=has_adapter)
 
 
 def _stand_ins(

@@ -1,9 +1,9 @@
 """The loss as operators of torch, each with what a tracer needs: shapes, and a backward.
 
-    policy_loss            head, objective -> loss, statistics, d_hidden, d_weight, d_bias
-    policy_loss_backward   the three times the upstream gradient, rounded once
+    policy_loss            head, objective -> loss, statistics, gradients of the factors
+    policy_loss_backward   those times the upstream gradient, rounded once
     logprobs               head -> logprobs, entropy, lse, what the gradient of a row needs
-    logprobs_backward      d_hidden, d_weight, d_bias of a loss on the first three
+    logprobs_backward      gradients of the factors of a loss on the first three
 
 `traced` says when they are used and what is different then. An operator's arguments are tensors,
 numbers and strings: those of `HeadArguments`, then those of the objective.
@@ -18,17 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .autograd import finished
 from .call import HeadCall
 from .chunked import (
     Gradients,
     backprop,
-    d_weight_of,
     one_pass,
     score,
     stats_dtype,
     without_autocast,
 )
 from .dispatch import one_pass_reason
+from .factors import NO_NEEDS, Adapter, Factors, Needs
 from .products import product, scaled
 from .row_table import OUTPUTS, Objective
 from .rows import RowStats
@@ -37,9 +38,10 @@ from .terms import Coefficients, evaluate
 from .validate import check_objective
 
 HEAD_SCHEMA = (
-    "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? rows, "
-    "Tensor? temperatures, float temperature, float logit_scale, float? logit_softcap, "
-    "str backend, str mode, SymInt? workspace_bytes, ScalarType? head_dtype, bool[] needs"
+    "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? states, Tensor? up, "
+    "Tensor? rows, Tensor? temperatures, float temperature, float logit_scale, "
+    "float? logit_softcap, str backend, str mode, SymInt? workspace_bytes, "
+    "ScalarType? head_dtype, bool[] needs"
 )
 OBJECTIVE_SCHEMA = (
     "Tensor? token_weights, Tensor? advantages, Tensor? entropy_weights, Tensor? z_loss_weights, "
@@ -58,6 +60,8 @@ class HeadArguments(NamedTuple):
     weight: Tensor  # [V, D]
     labels: Tensor  # [T]
     bias: Tensor | None  # [V]
+    states: Tensor | None  # [..., r] of an adapter
+    up: Tensor | None  # [V, r]
     rows: Tensor | None  # [n]
     temperatures: Tensor | None  # [T], instead of temperature
     temperature: float
@@ -67,7 +71,7 @@ class HeadArguments(NamedTuple):
     mode: str
     workspace_bytes: int | None
     head_dtype: torch.dtype | None
-    needs: Sequence[bool]  # whether hidden, weight and bias need a gradient
+    needs: Sequence[bool]  # which of `factors.Factors` need a gradient
 
     def call(self) -> HeadCall:
         """The checked call.
@@ -77,9 +81,18 @@ class HeadArguments(NamedTuple):
         """
         temperature = self.temperature if self.temperatures is None else self.temperatures
         transform = (temperature, self.logit_scale, self.logit_softcap)
+        adapter = None
+        if self.states is not None and self.up is not None:
+            adapter = Adapter(self.states, self.up)
         return HeadCall(
-            self.hidden, self.weight, self.labels, self.bias, transform, self.rows, self.needs
-        )
+            self.hidden, self.weight, self.labels, self.bias, transform, self.rows, adapter,
+            Needs(*self.needs),
+        )  # fmt: skip
+
+    @property
+    def factors(self) -> Factors:
+        """Those that may have a gradient."""
+        return Factors(self.hidden, self.weight, self.bias, self.states, self.up)
 
     @property
     def run(self) -> RunOptions:
@@ -92,12 +105,14 @@ class HeadArguments(NamedTuple):
 
 
 OPERATOR_TAGS = (torch.Tag.cudagraph_unsafe,)
-NOTHING = (False, False, False)
 NUM_HEAD = len(HeadArguments._fields)
+NUM_TENSORS = HeadArguments._fields.index("temperature")
+PLACES = tuple(HeadArguments._fields.index(name) for name in Factors._fields)
+GRADIENTS = ", ".join(["Tensor"] * len(PLACES))
 
 
 def _policy_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """Loss ``[]``, statistics ``[fields, T]``, d_hidden, d_weight fp32 and d_bias fp32 or empty."""
+    """Loss ``[]``, statistics ``[fields, T]``, gradients: of rows in their dtype, else in fp32."""
     head = HeadArguments(*arguments[:NUM_HEAD])
     num_tensors = NUM_HEAD + len(VECTORS)
     vectors = dict(zip(VECTORS, arguments[NUM_HEAD:num_tensors], strict=True))
@@ -107,42 +122,40 @@ def _policy_loss(*arguments: Any) -> tuple[Tensor, ...]:
         check_objective(spec, {**vectors, "cu_seqlens": cu_seqlens})
         call = head.call()
         objective = call.plan_loss(head.run, vectors, spec, cu_seqlens)
-        loss, stats, gradients = _loss_and_gradients(call, objective)
+        loss, stats, made = _loss_and_gradients(call, objective)
         table = torch.stack([column.to(call.dtype) for column in stats])  # [fields, T]
-        d_weight = _d_weight(call, gradients) if call.needs_weight else None
-    return loss, table, *_outputs(head, gradients.d_hidden, d_weight, gradients.d_bias)
+        d_weight = _d_weight(call, made) if call.needs.weight else None
+    found = (made.d_hidden, d_weight, made.d_bias, made.d_states, made.d_up)
+    return loss, table, *_outputs(head, found)
 
 
 def _loss_and_gradients(
     call: HeadCall, objective: Objective
 ) -> tuple[Tensor, TokenStats, Gradients]:
     """Both modes for an upstream gradient of 1, whatever the loss is multiplied with later."""
-    hidden, weight, head = call.hidden, call.weight, call.head
+    factors, head = call.factors, call.head
     if head.plan.mode == "one_pass":
-        gradients, table = one_pass(hidden, weight, head, objective)
+        gradients, table = one_pass(factors, head, objective)
         return (
             table.column("loss").sum(),
             call.token_stats(table.values, table.names),
             gradients,
         )
-    table, kept = score(hidden, weight, head)
+    table, kept = score(factors, head)
     logprobs, entropy, lse, is_top1 = (table.column(name) for name in OUTPUTS)
     result = evaluate(objective.spec, objective.inputs, logprobs, entropy, lse, objective.sequences)
     gradients = Gradients()
-    if head.needs_any:
-        gradients = backprop(hidden, weight, head, table.stats(), result.coefficients, kept)
+    if any(head.needs):
+        gradients = backprop(factors, head, table.stats(), result.coefficients, kept)
     stats = call.two_pass_stats(Logprobs(logprobs, entropy, lse), is_top1, result)
     return result.loss.sum(), stats, gradients
 
 
-def _outputs(head: HeadArguments, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+def _outputs(head: HeadArguments, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Gradients in the shapes that the fake promises: empty where there is none."""
-    d_hidden, d_weight, d_bias = gradients
-    empty = head.hidden.new_empty
-    return (
-        empty(0) if d_hidden is None else d_hidden.view(head.hidden.shape),
-        empty(0) if d_weight is None else d_weight,
-        empty(0) if d_bias is None else d_bias,
+    return tuple(
+        head.hidden.new_empty(0) if made is None or factor is None else made.view(factor.shape)
+        for made, factor in zip(gradients, head.factors, strict=True)
     )
 
 
@@ -163,45 +176,50 @@ def _d_weight(call: HeadCall, gradients: Gradients) -> Tensor:  # [V, D] fp32 (f
 
 def _policy_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     head = HeadArguments(*arguments[:NUM_HEAD])
-    dtype, hidden, weight = stats_dtype(head.hidden), head.hidden, head.weight
-    gradients = (
-        hidden.new_empty(hidden.shape),
-        weight.new_empty(weight.shape, dtype=dtype),
-        weight.new_empty(weight.shape[:1], dtype=dtype),
-    )
+    dtype, hidden = stats_dtype(head.hidden), head.hidden
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(len(TokenStats._fields), head.num_rows(), dtype=dtype),
-        *(
-            made if is_needed else hidden.new_empty(0)
-            for made, is_needed in zip(gradients, head.needs, strict=True)
-        ),
+        *_empty_like(head, (hidden.dtype, dtype, dtype, hidden.dtype, dtype)),
     )
+
+
+def _empty_like(head: HeadArguments, dtypes: Sequence[torch.dtype | None]) -> list[Tensor]:
+    """A gradient of every factor in a dtype (None: its own), empty where there is none."""
+    return [
+        factor.new_empty(factor.shape, dtype=dtype or factor.dtype)
+        if is_needed and factor is not None
+        else head.hidden.new_empty(0)
+        for factor, dtype, is_needed in zip(head.factors, dtypes, head.needs, strict=True)
+    ]
 
 
 def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     head = HeadArguments(*inputs[:NUM_HEAD])
     ctx.needs, ctx.num_inputs = list(head.needs), len(inputs)
-    ctx.weight_dtype = head.weight.dtype
-    ctx.bias_dtype = head.weight.dtype if head.bias is None else head.bias.dtype
+    ctx.dtypes = [head.weight.dtype if x is None else x.dtype for x in (head.bias, head.up)]
+    ctx.dtypes.insert(0, head.weight.dtype)
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _policy_loss_backward(ctx: Any, grad_out: Tensor | None, *_unused: None) -> tuple:
-    unused = (None,) * (ctx.num_inputs - 4)
     if grad_out is None:
-        return None, None, None, None, *unused
-    d_hidden, d_weight, d_bias = _where(
-        ctx.needs,
-        policy_loss_backward_op(grad_out, *ctx.saved_tensors, ctx.weight_dtype, ctx.bias_dtype),
-    )
-    return d_hidden, d_weight, None, d_bias, *unused
+        return (None,) * ctx.num_inputs
+    made = policy_loss_backward_op(grad_out, *ctx.saved_tensors, *ctx.dtypes)
+    return _placed(made, ctx.needs, ctx.num_inputs)
 
 
-def _where(needs: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    return [made if is_needed else None for made, is_needed in zip(gradients, needs, strict=True)]
+def _placed(
+    gradients: Sequence[Tensor], needs: Sequence[bool], num_inputs: int
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are needed, in the places of their factors among an operator's inputs."""
+    found: list[Tensor | None] = [None] * num_inputs
+    for place, made, is_needed in zip(PLACES, gradients, needs, strict=True):
+        if is_needed:
+            found[place] = made
+    return tuple(found)
 
 
 def _scale(
@@ -209,39 +227,34 @@ def _scale(
     d_hidden: Tensor,  # [..., D]
     d_weight: Tensor,  # [V, D] fp32
     d_bias: Tensor,  # [V] fp32
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything times ``grad_out``, rounded once."""
-    return (
-        scaled(d_hidden, grad_out),
-        torch.mul(d_weight, grad_out, out=torch.empty_like(d_weight, dtype=weight_dtype)),
-        torch.mul(d_bias, grad_out, out=torch.empty_like(d_bias, dtype=bias_dtype)),
+    d_states: Tensor,  # [..., r]
+    d_up: Tensor,  # [V, r] fp32
+    *dtypes: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Everything times ``grad_out``, rounded once; ``dtypes``: of weight, bias and up."""
+    d_weight, d_bias, d_up = (
+        torch.mul(x, grad_out, out=torch.empty_like(x, dtype=dtype))
+        for x, dtype in zip((d_weight, d_bias, d_up), dtypes, strict=True)
     )
+    return scaled(d_hidden, grad_out), d_weight, d_bias, scaled(d_states, grad_out), d_up
 
 
-def _scale_fake(
-    _grad_out: Tensor,
-    d_hidden: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(d_hidden),
-        torch.empty_like(d_weight, dtype=weight_dtype),
-        torch.empty_like(d_bias, dtype=bias_dtype),
+def _scale_fake(_grad_out: Tensor, *gradients: Any) -> tuple[Tensor, ...]:
+    d_hidden, d_weight, d_bias, d_states, d_up, *dtypes = gradients
+    d_weight, d_bias, d_up = (
+        torch.empty_like(x, dtype=dtype)
+        for x, dtype in zip((d_weight, d_bias, d_up), dtypes, strict=True)
     )
+    return torch.empty_like(d_hidden), d_weight, d_bias, torch.empty_like(d_states), d_up
 
 
 def _logprobs(*arguments: Any) -> tuple[Tensor, ...]:
     """logprobs, entropy and lse ``[T]``, and what the gradient of a row needs ``[4, T]``."""
     head = HeadArguments(*arguments)
     with torch.no_grad(), without_autocast(head.hidden):
-        call = head._replace(needs=NOTHING).call()  # nothing is kept here for a backward
+        call = head._replace(needs=NO_NEEDS).call()  # nothing is kept here for a backward
         call.plan_logprobs(head.run, any(head.needs))
-        table, _ = score(call.hidden, call.weight, call.head)
+        table, _ = score(call.factors, call.head)
         columns = [call.scatter(table.column(name)) for name in (*OUTPUTS[:3], *KEPT)]
         return *(column.clone() for column in columns[:3]), torch.stack(columns[3:])
 
@@ -254,21 +267,20 @@ def _logprobs_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _keep_statistics(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.constants = inputs[6:]
-    ctx.save_for_backward(*inputs[:6], output[0], output[3])
+    ctx.constants = inputs[NUM_TENSORS:]
+    ctx.save_for_backward(*inputs[:NUM_TENSORS], output[0], output[3])
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
 
 def _logprobs_backward(ctx: Any, *grads: Tensor | None) -> tuple:
     *tensors, logprobs, kept = ctx.saved_tensors
-    gradients = logprobs_backward_op(*tensors, *ctx.constants, logprobs, kept, *grads[:3])
-    d_hidden, d_weight, d_bias = _where(ctx.constants[-1], gradients)
-    return d_hidden, d_weight, None, d_bias, *((None,) * (NUM_HEAD - 4))
+    made = logprobs_backward_op(*tensors, *ctx.constants, logprobs, kept, *grads[:3])
+    return _placed(made, ctx.constants[-1], NUM_HEAD)
 
 
 def _backprop(*arguments: Any) -> tuple[Tensor, ...]:
-    """d_hidden, d_weight and d_bias of a loss on the outputs of `logprobs`."""
+    """The gradients of a loss on the outputs of `logprobs`."""
     head = HeadArguments(*arguments[:NUM_HEAD])
     logprobs, kept, *grads = arguments[NUM_HEAD:]
     with torch.no_grad(), without_autocast(head.hidden):
@@ -278,22 +290,14 @@ def _backprop(*arguments: Any) -> tuple[Tensor, ...]:
         g, q, l = (grad if grad is None else call.compact(grad) for grad in grads)  # noqa: E741
         if g is None:
             g = torch.zeros_like(stats.logprobs)
-        made = backprop(call.hidden, call.weight, call.head, stats, Coefficients(g, q, l), None)
-        d_weight, d_bias = None, made.d_bias
-        if call.needs_weight:
-            d_weight = d_weight_of(made, call.hidden, call.rows, None, call.weight.dtype)
-        if d_bias is not None and head.bias is not None:
-            d_bias = d_bias.to(head.bias.dtype)
-    return _outputs(head, made.d_hidden, d_weight, d_bias)
+        made = backprop(call.factors, call.head, stats, Coefficients(g, q, l), None)
+        found = finished(made, call.factors, call.head)
+    return _outputs(head, found)
 
 
 def _backprop_fake(*arguments: Any) -> tuple[Tensor, ...]:
     head = HeadArguments(*arguments[:NUM_HEAD])
-    inputs = (head.hidden, head.weight, head.bias)
-    return tuple(
-        x.new_empty(x.shape) if is_needed and x is not None else head.hidden.new_empty(0)
-        for x, is_needed in zip(inputs, head.needs, strict=True)
-    )
+    return tuple(_empty_like(head, [None] * len(head.factors)))
 
 
 def _operator(name: str, schema: str, run: Any, fake: Any) -> Any:
@@ -307,14 +311,15 @@ def _operator(name: str, schema: str, run: Any, fake: Any) -> Any:
 
 policy_loss_op = _operator(
     "policy_loss",
-    f"({HEAD_SCHEMA}, {OBJECTIVE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({HEAD_SCHEMA}, {OBJECTIVE_SCHEMA}) -> (Tensor, Tensor, {GRADIENTS})",
     _policy_loss,
     _policy_loss_fake,
 )
 policy_loss_backward_op = _operator(
     "policy_loss_backward",
-    "(Tensor grad_out, Tensor d_hidden, Tensor d_weight, Tensor d_bias, ScalarType weight_dtype, "
-    "ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_states, "
+    "Tensor d_up, ScalarType weight_dtype, ScalarType bias_dtype, ScalarType up_dtype) "
+    f"-> ({GRADIENTS})",
     _scale,
     _scale_fake,
 )
@@ -327,7 +332,7 @@ logprobs_op = _operator(
 logprobs_backward_op = _operator(
     "logprobs_backward",
     f"({HEAD_SCHEMA}, Tensor logprobs, Tensor kept, Tensor? d_logprobs, Tensor? d_entropy, "
-    "Tensor? d_lse) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? d_lse) -> ({GRADIENTS})",
     _backprop,
     _backprop_fake,
 )

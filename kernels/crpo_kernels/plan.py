@@ -101,6 +101,7 @@ class HeadSizes(NamedTuple):
         may_keep: whether forward may keep something of all rows for a gradient.
         is_gathered: counted rows are copied out of hidden before they are used.
         head_dtype: of the quantised head that scores, or None.
+        lora_rank: of the head's adapter, 0 without one.
     """
 
     hidden: Tensor  # [T, D]
@@ -113,6 +114,7 @@ class HeadSizes(NamedTuple):
     may_keep: bool = True
     is_gathered: bool = False
     head_dtype: torch.dtype | None = None
+    lora_rank: int = 0
 
     def planned(self) -> HeadSizes:
         """The same with the tensors whose products are planned: a quantised head makes them fp32.

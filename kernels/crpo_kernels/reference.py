@@ -20,10 +20,14 @@ def dense_logits(
     temperature: Tensor | float = 1.0,  # [T] or one for all
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    states: Tensor | None = None,  # [T, r] of an adapter
+    up: Tensor | None = None,  # [V, r]
 ) -> Tensor:  # [T, V] fp32 (fp64)
     """Tempered logits, worked in fp32 (fp64 for fp64 inputs)."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).t()  # [T, V]
+    if states is not None and up is not None:
+        logits = logits + states.to(dtype) @ up.to(dtype).t()
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = logit_scale * logits

@@ -66,6 +66,11 @@ def fused_obstacle(sizes: HeadSizes, backend_reason: str, needs_any: bool) -> Ob
             "a gradient is asked for, of which the kernel keeps nothing",
             "Call it under torch.no_grad(), or with detached tensors",
         )
+    if sizes.lora_rank:
+        return Obstacle(
+            "the head has an adapter (lora_head), whose product the kernel does not add",
+            "Pass mode='two_pass', or the merged weight W + scaling B A without lora_head",
+        )
     if sizes.backend == "triton":
         return _products_obstacle(sizes)
     hidden = sizes.hidden

@@ -18,12 +18,14 @@ is the ValueError of an eager call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .call import cast_for_autocast, needs_gradient
+from .call import cast_for_autocast
+from .factors import Factors, needs_gradient
+from .lora import with_adapter
 from .operators import VECTORS, HeadArguments, logprobs_op, policy_loss_op
 from .spec import OPTIONS, Logprobs, ObjectiveSpec, RunOptions, TokenStats
 from .validate import check_objective, check_plain
@@ -38,19 +40,21 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None  # [V]
     transform: tuple[Tensor | float, float, float | None]  # temperature, logit_scale, softcap
     rows: Tensor | Sequence[int] | None
+    lora_head: Any = None  # (A, B, scaling)
 
 
 def _head_arguments(
     inputs: HeadInputs,
     run: RunOptions,
 ) -> HeadArguments:
-    hidden, weight, labels, bias, transform, rows = inputs
+    hidden, weight, labels, bias, transform, rows, lora_head = inputs
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
         check_plain(name, tensor)
     if bias is not None:
         check_plain("bias", bias)
     needs = [needs_gradient(tensor) for tensor in (hidden, weight, bias)]
     hidden, weight = cast_for_autocast(hidden, weight)
+    factors = with_adapter(Factors(hidden, weight, bias), lora_head)
     temperature, logit_scale, logit_softcap = transform
     is_number = not isinstance(temperature, Tensor)
     return HeadArguments(
@@ -58,13 +62,15 @@ def _head_arguments(
         weight,
         labels,
         bias,
+        factors.states,
+        factors.up,
         rows if rows is None else torch.as_tensor(rows),
         None if is_number else temperature.detach(),
         float(temperature) if is_number else 1.0,
         float(logit_scale),
         None if logit_softcap is None else float(logit_softcap),
         *run,
-        needs,
+        [*needs, *factors.needs()[3:]],
     )
 
 
