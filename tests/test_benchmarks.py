@@ -262,3 +262,21 @@ def test_what_a_limit_around_the_command_stops_costs_a_case_and_no_file(tmp_path
     for made in plot.write({**report, "command": "c"}, tmp_path / "loss_cpu"):
         assert made.read_text() != ""
     assert LATE in (tmp_path / "loss_cpu.md").read_text()
+
+
+@pytest.mark.parametrize("asked", [[], ["--seconds", "1200"]])
+def test_ten_minutes_hold_every_candidate_at_the_first_and_the_smallest_shape(asked, monkeypatch):
+    ran = {}
+
+    def notes(case, candidates, *_, **__):
+        ran[case.shape] = {c.key for c in candidates if c.obstacle != suite.ELSEWHERE}
+        return {"name": case.shape, "missing": LATE, "rows": []}
+
+    monkeypatch.setattr(suite, "measure", notes)
+    parser = argparse.ArgumentParser()
+    loss.add_arguments(parser)
+    loss.measure_loss(parser.parse_args(asked), time.monotonic() + 100)
+    few = {shape for shape, keys in ran.items() if "liger" not in keys}
+    assert "liger" in ran["qwen3-0.6b"] & ran["ragged"]
+    assert few == (set() if asked else set(ran) - {"qwen3-0.6b", "ragged"})
+    assert all({"products", "one_pass", "naive"} <= keys for keys in ran.values())

@@ -34,7 +34,8 @@ from .measure import measure, release, sizes_of
 FIRST_SHARE = 3.0  # of the time: the first case counts for so many of the others
 # beside the floor and plain torch, at the further shapes of a CPU's whole run, which has minutes
 NEAR = ("one_pass", "scored", "trl_scored")
-ELSEWHERE = "on a CPU beside the first shape alone; --shape measures it at this one"
+QUICK_HEAD = 1 << 26  # parameters of a head that costs them little; they run there as well
+ELSEWHERE = "in ten minutes on a CPU at the first and the smallest shape; --seconds 1200: at all"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Suite:
             first = FIRST_SHARE if place == 0 else 1.0
             end = deadline if others == 0 else deadline - left * others / (others + first)
             chosen = wanted(self.candidates(case, device, backends), options.only)
-            if place and device.type == "cpu" and is_whole(options):
+            is_large = case.vocab_size * case.dim > QUICK_HEAD
+            if place and is_large and device.type == "cpu" and is_whole(options):
                 chosen = [as_further(candidate) for candidate in chosen]
             found = {**sizes_of(case), "missing": LATE, "rows": []}
             if left > 0:
@@ -120,8 +122,8 @@ class Suite:
 
 def is_whole(options: argparse.Namespace) -> bool:
     """Whether all named shapes are measured, because nobody asked for anything else."""
-    given = (options.shape, options.sizes, options.rows, options.vocab, options.dim, options.only)
-    return not any(given) and options.inputs is None
+    names = ("shape", "sizes", "rows", "vocab", "dim", "only", "inputs", "seconds")
+    return not any(getattr(options, name) for name in names)
 
 
 def as_further(candidate: Candidate) -> Candidate:
