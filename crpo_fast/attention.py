@@ -2,8 +2,9 @@
 
 A packed row holds many sequences; position ids restart at 0. transformers' ``sdpa`` computes the
 whole [T, T] matrix of such a row under a mask. Here every sequence is a causal call of its own: the
-same numbers, sum of len_i^2 instead of T^2 work, and no mask. Decoding on a CPU has a path of
-its own; padded batches and sliding windows go to ``sdpa`` unchanged.
+same numbers, sum of len_i^2 instead of T^2 work, and no mask. A prompt may stand once before
+several completions, each of which sees it and itself. Decoding on a CPU has a path of its own;
+padded batches and sliding windows go to ``sdpa`` unchanged.
 
 After importing this module, models load with ``attn_implementation="sdpa_packed"``.
 """
@@ -11,7 +12,7 @@ After importing this module, models load with ``attn_implementation="sdpa_packed
 from __future__ import annotations
 
 from importlib.util import find_spec
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["SDPA_PACKED", "choose_attention", "flash_bounds", "moved", "sequence_lengths"]
+__all__ = [
+    "SDPA_PACKED",
+    "choose_attention",
+    "flash_bounds",
+    "moved",
+    "segments",
+    "sequence_lengths",
+]
 
 SDPA_PACKED = "sdpa_packed"
 
@@ -61,22 +69,39 @@ def _attention(
     """Causal attention inside each sequence of a packed row; returns [B, T, H, d]."""
     if query.shape[2] == 1 and query.device.type == "cpu" and dropout == 0.0:
         return _decode(query, key, value, attention_mask, scaling), None
-    lengths = [query.shape[2]]
+    parts = [(0, query.shape[2])]
     if attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
-        lengths = [query.shape[2]] if position_ids is None else sequence_lengths(position_ids)
-    if len(lengths) == 1:
+        parts = parts if position_ids is None else segments(position_ids)
+    if len(parts) == 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-    outputs = [
-        scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
-        )
-        for q, k, v in zip(
-            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-        )
-    ]
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+    return _by_segment(query, key, value, parts, dropout, scaling), None
+
+
+def _by_segment(
+    query: Tensor,  # [1, H, T, d]
+    key: Tensor,  # [1, H_kv, T, d]
+    value: Tensor,  # [1, H_kv, T, d]
+    parts: list[tuple[int, int]],
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """A call for each of ``parts`` (see `segments`); returns [1, T, H, d]."""
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+    lengths = [length for _, length in parts]
+    slices = (tensor.split(lengths, 2) for tensor in (query, key, value))
+    outputs, prompt = [], None
+    for (first, length), q, k, v in zip(parts, *slices, strict=True):
+        if first == 0 or prompt is None:
+            prompt = k, v
+            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+            continue
+        k = torch.cat([prompt[0][:, :, :first], k], 2)  # [1, H_kv, first + length, d]
+        v = torch.cat([prompt[1][:, :, :first], v], 2)
+        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(first)
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()  # [1, T, H, d]
 
 
 def _decode(
@@ -100,11 +125,14 @@ def _decode(
     return (scores.softmax(-1).to(value.dtype) @ value).reshape(batch, 1, heads, dim)
 
 
-_known = WeakTensorKeyDictionary()  # position ids -> (their version, lengths)
+_known = WeakTensorKeyDictionary()  # position ids -> (their version, segments)
 
 
-def sequence_lengths(position_ids: Tensor) -> list[int]:
-    """Lengths of the sequences in ``position_ids`` [1, T]: one ends where they do not count on.
+def segments(position_ids: Tensor) -> list[tuple[int, int]]:
+    """(first position, length) of each run in which ``position_ids`` [1, T] count on.
+
+    A run from 0 on is a sequence. One from p > 0 on is another continuation of the first p tokens
+    of the last such sequence.
 
     All layers of a forward ask with the same tensor; answers are kept as long as their tensors, so
     that a forward waits for the device once, and never where ``moved`` has told the answer.
@@ -113,11 +141,27 @@ def sequence_lengths(position_ids: Tensor) -> list[int]:
     if found is not None and found[0] == position_ids._version:
         return found[1]
     row = position_ids[0]
-    starts = (row[1:] != row[:-1] + 1).nonzero().squeeze(1) + 1
-    bounds = [0, *starts.tolist(), row.shape[0]]
-    lengths = [end - start for start, end in pairwise(bounds)]
-    _known[position_ids] = (position_ids._version, lengths)
-    return lengths
+    starts = torch.cat([row.new_zeros(1), (row[1:] != row[:-1] + 1).nonzero().squeeze(1) + 1])
+    first, starts = torch.stack([row[starts], starts]).tolist()  # the host waits once
+    ends = [*starts[1:], row.shape[0]]
+    parts = [(p, end - start) for p, start, end in zip(first, starts, ends, strict=True)]
+    _known[position_ids] = (position_ids._version, parts)
+    return parts
+
+
+def sequence_lengths(position_ids: Tensor) -> list[int]:
+    """Lengths of the sequences in ``position_ids`` [1, T].
+
+    Raises:
+        ValueError: completions share a prompt.
+    """
+    parts = segments(position_ids)
+    if any(first for first, _ in parts):
+        raise ValueError(
+            "position_ids: expected whole sequences, got prompts that several completions share. "
+            f"Type --train.layout packed, or --model.attention {SDPA_PACKED}."
+        )
+    return [length for _, length in parts]
 
 
 def flash_bounds(implementation: str, position_ids: Tensor) -> dict[str, Any]:
@@ -141,7 +185,7 @@ def flash_bounds(implementation: str, position_ids: Tensor) -> dict[str, Any]:
 
 def moved(position_ids: Tensor, copy: Tensor) -> None:
     """``copy`` is ``position_ids`` [1, T] on a device: what the host knows need not be asked."""
-    _known[copy] = (copy._version, sequence_lengths(position_ids))
+    _known[copy] = (copy._version, segments(position_ids))
 
 
 def _mask(

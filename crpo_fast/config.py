@@ -228,7 +228,7 @@ class TrainConfig:
 
     max_steps: int = 0  # cap of each phase; 0: none
     token_budget: int = 4096  # most tokens of a micro-batch, prompts included
-    layout: str = "packed"  # packed (one row, no padding) | padded (one sequence a row)
+    layout: str = "packed"  # packed (one row) | shared (and each prompt once) | padded (one a row)
     workspace_mib: int | None = None  # MiB of the loss; None: the kernels choose
     loss_backend: str = "auto"  # auto (triton where it runs, else torch) | triton | torch | dense
     score_kernel: str = "auto"  # auto (the faster) | fused | chunks: in passes without gradients

@@ -18,6 +18,7 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
 LOSS_BACKENDS = ("auto", "triton", "torch", "dense")  # of crpo_kernels
 SCORE_KERNELS = ("auto", "fused", "chunks")
 SCORE_HEADS = ("full", "fp8")
+LAYOUTS = ("packed", "shared", "padded")  # of packing
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -30,7 +31,7 @@ def check(config: Config) -> None:
     check_ranges(config)
     _choice("model.compute_dtype", config.model.compute_dtype, ("bfloat16", "float32", "float64"))
     _choice("data.format", config.data.format, ("auto", "synthetic", "official", "table"))
-    _choice("train.layout", config.train.layout, ("packed", "padded"))
+    _choice("train.layout", config.train.layout, LAYOUTS)
     _choice("train.loss_backend", config.train.loss_backend, LOSS_BACKENDS)
     _choice("train.score_kernel", config.train.score_kernel, SCORE_KERNELS)
     _choice("train.score_head", config.train.score_head, SCORE_HEADS)

@@ -7,6 +7,8 @@ loss live on the completion tokens of all sequences of this rank, concatenated i
 layout:
 
     packed   one row of T tokens, position_ids restart at 0, no attention mask
+    shared   packed, but a prompt stands once before its completions: position_ids restart at its
+             length for each of them (`attention.segments`)
     padded   one sequence a row, right padded to the longest of the micro-batch (T = rows * longest)
 
 A completion may be empty (a truncated one that is kept out of the loss): it counts as a sequence in
@@ -20,6 +22,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+LAYOUTS = ("packed", "shared", "padded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,9 @@ class MicroBatch:
     """What one forward and backward sees: T tokens, of which R are completion tokens ("rows").
 
     Attributes:
-        input_ids: [1, T] (packed) or [B, longest] (padded), int64.
+        input_ids: [1, T] (packed, shared) or [B, longest] (padded), int64.
         position_ids: like ``input_ids``.
-        attention_mask: None (packed) or bool, like ``input_ids``.
+        attention_mask: None (packed, shared) or bool, like ``input_ids``.
         rows: [R] int64, where among the T flattened tokens the R completion tokens are predicted.
         labels: [R] int64, the completion tokens.
         source: [R] int64, for each row its index in the flat vectors.
@@ -130,20 +134,43 @@ def pack(
         sequences: this rank's sequences in rollout order; none, or empty completions alone, make no
             micro-batch.
         token_budget: most tokens of one micro-batch (padding included).
-        layout: "packed" or "padded".
+        layout: "packed", "shared" or "padded".
         pad_id: any valid token id; its rows are ignored.
     """
-    if layout not in ("packed", "padded"):
-        raise ValueError(f"layout: expected packed or padded, got {layout!r}.")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}.")
     for i, sequence in enumerate(sequences):
         if not sequence.prompt_ids:
             raise ValueError(f"sequences[{i}]: expected at least one prompt token, got none.")
     offsets = [0, *itertools.accumulate(len(s.completion_ids) for s in sequences)]
     pairs = list(zip(sequences, offsets[:-1], strict=True))
     pairs = [(s, offset) for s, offset in pairs if s.completion_ids]
-    bins = assign([len(s) for s, _ in pairs], token_budget, layout=layout)
-    build = _packed if layout == "packed" else _padded
-    return [build([pairs[i][0] for i in b], [pairs[i][1] for i in b], pad_id) for b in bins]
+    build = {"packed": _packed, "shared": _shared, "padded": _padded}[layout]
+    units = _families(pairs, token_budget) if layout == "shared" else [[pair] for pair in pairs]
+    lengths = [_family_tokens(u) if layout == "shared" else len(u[0][0]) for u in units]
+    bins = assign(lengths, token_budget, layout="padded" if layout == "padded" else "packed")
+    members = [[pair for i in b for pair in units[i]] for b in bins]
+    return [build([s for s, _ in m], [offset for _, offset in m], pad_id) for m in members]
+
+
+def _families(
+    pairs: list[tuple[Sequence, int]], token_budget: int
+) -> list[list[tuple[Sequence, int]]]:
+    """Neighbours of one prompt, as many as fit into ``token_budget`` together."""
+    families: list[list[tuple[Sequence, int]]] = []
+    for pair in pairs:
+        last = families[-1] if families else []
+        is_related = bool(last) and last[0][0].prompt_ids == pair[0].prompt_ids
+        if is_related and _family_tokens([*last, pair]) <= token_budget:
+            last.append(pair)
+        else:
+            families.append([pair])
+    return families
+
+
+def _family_tokens(family: list[tuple[Sequence, int]]) -> int:
+    """The prompt once; a completion's last token predicts nothing and stays out."""
+    return len(family[0][0].prompt_ids) + sum(len(s.completion_ids) - 1 for s, _ in family)
 
 
 def dummy(layout: str = "packed", pad_id: int = 0) -> MicroBatch:
@@ -155,7 +182,7 @@ def dummy(layout: str = "packed", pad_id: int = 0) -> MicroBatch:
     return MicroBatch(
         input_ids=ids,
         position_ids=torch.arange(2)[None],
-        attention_mask=None if layout == "packed" else torch.ones_like(ids, dtype=torch.bool),
+        attention_mask=torch.ones_like(ids, dtype=torch.bool) if layout == "padded" else None,
         rows=none,
         labels=none,
         source=none,
@@ -168,13 +195,15 @@ def _micro_batch(
     position_ids: Tensor,  # [B, L]
     attention_mask: Tensor | None,  # [B, L]
     sequences: list[Sequence],
-    starts: list[int],  # of each sequence in the flattened ids
+    starts: list[int],  # of each prompt in the flattened ids
     offsets: list[int],  # of each completion in the flat vectors
+    firsts: list[int] | None = None,  # of each completion there; None: right after its prompt
 ) -> MicroBatch:
     rows, source, ends = [], [], [0]
-    for sequence, start, offset in zip(sequences, starts, offsets, strict=True):
-        first, count = start + len(sequence.prompt_ids) - 1, len(sequence.completion_ids)
-        rows.append(torch.arange(first, first + count))
+    for i, (sequence, start, offset) in enumerate(zip(sequences, starts, offsets, strict=True)):
+        after, count = start + len(sequence.prompt_ids), len(sequence.completion_ids)
+        first = after if firsts is None else firsts[i]
+        rows += [torch.tensor([after - 1]), torch.arange(first, first + count - 1)]
         source.append(torch.arange(offset, offset + count))
         ends.append(ends[-1] + count)
     return MicroBatch(
@@ -194,6 +223,26 @@ def _packed(sequences: list[Sequence], offsets: list[int], pad_id: int) -> Micro
     ids = [i for s in sequences for i in (*s.prompt_ids, *s.completion_ids)]
     positions = torch.cat([torch.arange(len(s)) for s in sequences])  # [T]
     return _micro_batch(torch.tensor(ids)[None], positions[None], None, sequences, starts, offsets)
+
+
+def _shared(sequences: list[Sequence], offsets: list[int], pad_id: int) -> MicroBatch:
+    del pad_id  # nothing is padded
+    ids: list[int] = []
+    positions: list[int] = []
+    starts: list[int] = []
+    firsts: list[int] = []
+    prompt: list[int] = []
+    for sequence in sequences:
+        if sequence.prompt_ids != prompt:
+            prompt, start = sequence.prompt_ids, len(ids)
+            ids += prompt
+            positions += range(len(prompt))
+        starts.append(start)
+        firsts.append(len(ids))
+        ids += sequence.completion_ids[:-1]
+        positions += range(len(prompt), len(sequence) - 1)
+    row, places = torch.tensor(ids)[None], torch.tensor(positions)[None]  # [1, T] each
+    return _micro_batch(row, places, None, sequences, starts, offsets, firsts)
 
 
 def _padded(sequences: list[Sequence], offsets: list[int], pad_id: int) -> MicroBatch:

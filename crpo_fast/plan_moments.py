@@ -79,7 +79,7 @@ class _FakePolicy(Policy):
             with unset_fake_temporarily():
                 return compute(*args, **kwargs)
 
-        attention.sequence_lengths(batch.position_ids)  # asks for values; the answer is kept
+        attention.segments(batch.position_ids)  # asks for values; the answer is kept
         with self.fake:
             return super().__call__(batch, with_values)
 
@@ -203,7 +203,9 @@ class Rehearsal:
             return [replace(one, rollout_logprobs=None)] * count
         rollout = self.config.rollout
         count = rollout.prompts_per_step // self.world.size * rollout.group_size
-        return update_plan(self.config, self.phase).split([one] * count)[0]
+        size = rollout.group_size
+        groups = [replace(one, prompt_ids=[i // size] * prompt) for i in range(count)]
+        return update_plan(self.config, self.phase).split(groups)[0]
 
     def _batches(self) -> list[MicroBatch]:
         """The largest micro-batch and, where there are more, another one: accumulation shows."""
@@ -226,7 +228,7 @@ class Rehearsal:
             mask = self.fake.from_tensor(largest.attention_mask)
             largest = replace(largest, attention_mask=mask)
         tokens, longest = largest.input_ids.numel(), self.lengths.prompt + self.lengths.completion
-        if largest.attention_mask is None and tokens > 2 * longest:
+        if train.layout == "packed" and tokens > 2 * longest:
             # attention goes through a packed row sequence by sequence: two need as much as many
             positions = torch.arange(tokens) % (tokens - tokens // 2)
             largest = replace(largest, position_ids=positions[None])

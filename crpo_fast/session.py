@@ -11,6 +11,7 @@ import torch
 
 from crpo_fast import distributed, models
 from crpo_fast import policy as policies
+from crpo_fast.attention import SDPA_PACKED
 from crpo_fast.batch import SamplingParams
 from crpo_fast.checkpoint_files import whole_folder
 from crpo_fast.config import Config, ConfigError
@@ -147,6 +148,28 @@ def _refusal(config: Config, device: torch.device) -> str | None:
     return None
 
 
+def check_layout(config: Config, model: Any) -> None:
+    """Prompts are shared only where the attention of every layer knows it.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    settings, attention = model.config, model.config._attn_implementation
+    if config.train.layout != "shared":
+        return
+    reason = "" if attention == SDPA_PACKED else f"the attention is {attention}"
+    windowed = bool(getattr(settings, "sliding_window", None))
+    others = {"sliding_attention"} if windowed else set()
+    others = set(getattr(settings, "layer_types", None) or others) - {"full_attention"}
+    if others:
+        reason = f"the model has layers of {' and '.join(sorted(others))}"
+    if reason:
+        raise ConfigError(
+            f"train.layout: expected packed or padded here, got 'shared': {reason}. Type "
+            "--train.layout packed."
+        )
+
+
 def check_workspace(config: Config, model: Any, device: torch.device) -> None:
     """The loss can work within ``train.workspace_mib``.
 
@@ -199,6 +222,7 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
             activation_checkpointing=config.model.activation_checkpointing,
             freeze_head=config.model.freeze_head,
         )
+    check_layout(config, model)
     check_workspace(config, model, world.device)
     task = build_task(config, rows, tokenizer, scorer)
     check_prompts(task)
