@@ -210,6 +210,52 @@ def test_trainers_of_a_step_are_compared(capsys: pytest.CaptureFixture[str]) -> 
     assert "Type python -m benchmarks step" in capsys.readouterr().out
 
 
+def growth_report(seconds: float, size: int) -> dict[str, Any]:
+    """A report of kind growth: one line of seconds and one of bytes."""
+    band = {"x": 256.0, "y": seconds, "low": 0.99 * seconds, "high": 1.01 * seconds}
+    line = {"key": "one_pass", "title": "one pass"}
+    dropped = [{"x": 1024.0, "reason": "late"}]
+    fixed = {"fixed": "V 8"}
+    timed = {"name": "t", "title": "Seconds", "unit": "s", **fixed}
+    held = {"name": "b", "title": "Bytes", "unit": "bytes", **fixed}
+    points = [{"x": 256.0, "y": size}]
+    return {
+        "kind": "growth",
+        "command": "python -m benchmarks growth",
+        "machine": report_cases.MACHINE,
+        "sweeps": [
+            {**timed, "series": [{**line, "points": [band], "dropped": dropped}]},
+            {**held, "series": [{**line, "points": points, "dropped": []}]},
+        ],
+    }
+
+
+def test_points_of_growth_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    old = growth_report(1.0, 100)
+    assert against.has_rows(old)
+    assert against.check(copy.deepcopy(old), old) == 0
+    assert against.check(growth_report(1.1, 100), old) == 1
+    assert "t: one pass, 256: slower: x1.10, limit x1.05" in capsys.readouterr().out
+    assert against.check(growth_report(1.0, 3 << 20), old) == 1
+    assert "b: one pass, 256: more memory" in capsys.readouterr().out
+    gone = growth_report(1.0, 100)
+    gone["sweeps"][0]["series"][0] |= {"points": [], "dropped": [{"x": 256.0, "reason": "late"}]}
+    assert against.check(gone, old) == 1
+    assert "t: one pass, 256: went missing: late" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["loss", "score", "memory", "growth", "rollout", "step"])
+def test_every_command_takes_an_old_file_of_its_kind(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "old.json"
+    kind = "score" if command == "loss" else "loss"
+    other.write_text(json.dumps(report_cases.report(kind)))
+    with pytest.raises(SystemExit):
+        main([command, "--device", "cpu", "--against", str(other)])
+    assert f"expected a report of {command!r}, got one of {kind!r}" in capsys.readouterr().err
+
+
 def test_rows_without_seconds_are_compared_by_memory(capsys: pytest.CaptureFixture[str]) -> None:
     old = copy.deepcopy(report_cases.report("memory"))
     for row in old["cases"][0]["rows"]:

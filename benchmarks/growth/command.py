@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import plot
+from benchmarks import against, plot
 from benchmarks.clock import Clock
 from benchmarks.deadline import LATE
 from benchmarks.losses.cases import Case
@@ -66,10 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=2, help="torch threads (default 2)")
     parser.add_argument("--seconds", type=positive_seconds, help="limit: what is late is dropped")
     parser.add_argument("--out", type=out_folder, default=RESULTS)
+    against.add_argument(parser, "growth")
 
 
 def run(options: argparse.Namespace, command: str) -> int:
-    """Measure, print the page, write the files; 1 when a check fails."""
+    """Measure, print the page, write the files; 1 when a check fails or --against finds worse."""
     if reason := absent_device(options.device):
         print(reason)
         return 2
@@ -77,8 +78,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     report: dict[str, Any] = measure_growth(options, time.monotonic() + seconds)
     report["command"] = command
     plot.publish(report, options.out / f"growth_{options.device}")
-    failed = [check for check in report["checks"] if check["met"] is False]
-    return 1 if failed else 0
+    status = against.check(report, options.against)
+    return status or int(any(check["met"] is False for check in report["checks"]))
 
 
 def measure_growth(options: Any, deadline: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.drawing.log_plot import UNITS, document, exponent_text, seconds_text
@@ -156,6 +157,32 @@ def csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             ]
             rows += [{**about, "x": p["x"], "missing": p["reason"]} for p in line["dropped"]]
     return rows
+
+
+def cases(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sweeps as cases that `--against` compares, their points as rows: they have no floor."""
+    return [
+        {
+            "name": sweep["name"],
+            "case": f"{sweep['title']}, {sweep['fixed']}",
+            "rows": [row for line in sweep["series"] for row in points_of(line, sweep["unit"])],
+            "command": report["command"],
+        }
+        for sweep in report["sweeps"]
+    ]
+
+
+def points_of(line: dict[str, Any], unit: str) -> Iterator[dict[str, Any]]:
+    """The points of a line as rows."""
+    for point in (*line["points"], *line["dropped"]):
+        row = {"key": f"{line['key']} {point['x']:g}", "title": f"{line['title']}, {point['x']:g}"}
+        if "reason" in point:
+            yield {**row, "missing": point["reason"]}
+        elif unit == "s":
+            band = {"median": point["y"], "low": point["low"], "high": point["high"]}
+            yield {**row, "seconds": {"warm": band}}
+        else:
+            yield {**row, "peak_bytes": point["y"]}
 
 
 def readme_block(report: dict[str, Any], stem: str) -> str:

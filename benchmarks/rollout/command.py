@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-from benchmarks import plot
+from benchmarks import against, plot
 from benchmarks.clock import Clock, summary
 from benchmarks.deadline import LATE, OutOfTime, at_most_seconds
 from benchmarks.live_bytes import LiveBytes, counting
@@ -61,17 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed (default {ROUNDS})")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--out", type=out_folder, default=RESULTS)
+    against.add_argument(parser, "rollout")
 
 
 def run(options: argparse.Namespace, command: str) -> int:
-    """Measure, print the page, write the files; 1 when logprobs are not the trainer's."""
+    """Measure, print the page, write the files; 1: wrong logprobs, or worse --against."""
     problem = check(options)
     if problem:
         print(problem)
         return 2
     report: dict[str, Any] = {"command": command, **measure_rollout(options, math.inf)}
     plot.publish(report, options.out / f"rollout_{options.device}")
-    return 1 if any(row.get("wrong") for case in report["cases"] for row in case["rows"]) else 0
+    status = against.check(report, options.against, options.only)
+    is_wrong = any(row.get("wrong") for case in report["cases"] for row in case["rows"])
+    return status or int(is_wrong)
 
 
 def check(options: argparse.Namespace) -> str:
