@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.compile_gate.report import TARGETS
-from crpo_kernels import linear_tiles, scorer
+from crpo_kernels import explain, linear_tiles, scorer
+from crpo_kernels.dispatch import BackendChoice
 from crpo_kernels.linear_tiles import NARROW, TILES, Tile, choose_order, choose_tile
 from crpo_kernels.plan import HeadSizes
 
@@ -82,6 +83,25 @@ def test_what_is_read_an_element_at_a_time_is_scored_by_chunks():
     assert "its rows are 1001 bytes apart" in scorer.cheaper_scorer(eight).reason
     aligned = HeadSizes(*operands(dim=1024, vocab=50_257), 8192, "triton", None)
     assert "cost model" in scorer.cheaper_scorer(aligned).reason
+    odd, _ = operands(dim=1024, pitch=1028)
+    assert "2056 bytes apart" in scorer.cheaper_scorer(aligned._replace(hidden=odd)).reason
+    gathered = aligned._replace(hidden=odd, is_gathered=True)
+    assert "cost model" in scorer.cheaper_scorer(gathered).reason
+
+
+@pytest.mark.parametrize(
+    ("dim", "words"), [(1024, "by the cost model"), (1001, "its rows are 2002 bytes apart")]
+)
+def test_an_explanation_by_sizes_alone_is_that_of_contiguous_tensors(dim, words, monkeypatch):
+    """On a GPU it said that the weight's rows are not contiguous: its stand-in has no memory."""
+    monkeypatch.setattr(explain, "choose_backend", lambda *_: BackendChoice("triton", "chosen"))
+    found, _ = explain.explain_choice(
+        num_rows=8192, vocab_size=50_257, hidden_size=dim, device="meta", is_scoring=True
+    )
+    assert words in found
+    _, weight = operands(dim=dim, vocab=50_257)
+    called = HeadSizes(operands(dim=dim)[0], weight, 8192, "triton", None)
+    assert found.endswith(scorer.scorer_reason(scorer.cheaper_scorer(called)))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])

@@ -76,7 +76,7 @@ def explain_choice(
     sizes = HeadSizes(
         hidden, weight, num_rows, choice.name, workspace_bytes, may_keep=not is_scoring,
         needs=needs[:2], is_compiled=eager_reason is None, head_dtype=head_dtype,
-        lora_rank=lora_rank,
+        lora_rank=lora_rank, has_strides=False,
     )  # fmt: skip
     if head_dtype is not None:
         check_head_dtype(head_dtype, hidden, needs_any=not is_scoring)

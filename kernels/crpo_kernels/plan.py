@@ -88,7 +88,7 @@ class Plan:
 
 
 class HeadSizes(NamedTuple):
-    """What a call is planned by; of its tensors sizes, dtype and device are read, no values.
+    """What a call is planned by; of its tensors sizes, strides, dtype and device, no values.
 
     Attributes:
         hidden: of the call.
@@ -102,6 +102,7 @@ class HeadSizes(NamedTuple):
         is_gathered: counted rows are copied out of hidden before they are used.
         head_dtype: of the quantised head that scores, or None.
         lora_rank: of the head's adapter, 0 without one.
+        has_strides: the tensors' strides are the call's; else they stand for contiguous ones.
     """
 
     hidden: Tensor  # [T, D]
@@ -115,6 +116,7 @@ class HeadSizes(NamedTuple):
     is_gathered: bool = False
     head_dtype: torch.dtype | None = None
     lora_rank: int = 0
+    has_strides: bool = True
 
     def planned(self) -> HeadSizes:
         """The same with the tensors whose products are planned: a quantised head makes them fp32.

@@ -155,13 +155,18 @@ def cheaper_scorer(sizes: HeadSizes, table: tuple[Measured, ...] = TABLE) -> Sco
 
 
 def unaligned_reason(sizes: HeadSizes) -> str | None:
-    """Why the fused kernel would not read 16 bytes at once, or None; eight bits are copied."""
+    """Why the fused kernel would not read 16 bytes at once, or None.
+
+    Eight bits and gathered rows are copies, which are contiguous whatever they were made from.
+    """
     hidden, weight = sizes.hidden, sizes.weight
     target = "sm_90" if device_name(hidden) == PLANNED else target_of(hidden.device)
-    if sizes.head_dtype is not None:
-        hidden, weight = (
-            torch.empty(x.shape, dtype=sizes.head_dtype, device="meta") for x in (hidden, weight)
-        )
+    dtype = sizes.head_dtype or hidden.dtype
+    are_copied = sizes.head_dtype is not None or not sizes.has_strides
+    if are_copied or sizes.is_gathered:
+        hidden = torch.empty(hidden.shape, dtype=dtype, device="meta")
+    if are_copied:
+        weight = torch.empty(weight.shape, dtype=dtype, device="meta")
     return narrow_reason(hidden, weight, target)
 
 
