@@ -45,12 +45,9 @@ def test_every_metric_has_its_row_and_every_row_its_metric(tmp_path: Path) -> No
 def test_the_file_map_has_every_module_and_no_other() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"`(\w+)`", text[text.index("## File map") : text.index("## Limits")])
-    trainer = ("crpo_fast", "crpo_fast/report", "crpo_fast/rollout")
-    modules = [
-        p.stem
-        for folder in (*trainer, "kernels/crpo_kernels")
-        for p in (ROOT / folder).glob("[!_]*.py")
-    ]
+    trainer = ("crpo_fast", "crpo_fast/report", "crpo_fast/rollout", "crpo_fast/integrations")
+    kernels = ("kernels/crpo_kernels", "kernels/crpo_kernels/integrations")
+    modules = [p.stem for folder in (*trainer, *kernels) for p in (ROOT / folder).glob("[!_]*.py")]
     modules += [p.stem for p in (ROOT / "benchmarks").rglob("[!_]*.py")]
     assert sorted(named) == sorted(modules)
 

@@ -45,6 +45,8 @@ MAY_IMPORT = {
 SHARED = ("torch.distributed.tensor", "torch.distributed.checkpoint")
 PURE = ("advantages", "stages", "packing", "rewards", "data", "synthetic", "prompts", "scoring")
 LAYERS = (  # of crpo_kernels, every module; one imports from later rows only
+    {"integrations.verl_patch", "integrations"},
+    {"integrations.verl"},
     {"api", "explain"},
     {"traced"},
     {"operators"},
