@@ -140,6 +140,14 @@ def crpo_data() -> Path:
 
 
 @pytest.fixture
+def keep_threads() -> Iterator[None]:
+    """torch's number of threads, which commands set for a whole process, is put back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def forget_graphs() -> Iterator[None]:
     """No graph of torch.compile comes from an earlier test or stays for a later one."""
     torch._dynamo.reset()

@@ -36,13 +36,13 @@ SMALL = ["--at-vocab", "64", "--at-dim", "16", "--threads", "1"]
 ROWS = ["growth", "--only", "rows", "--rows", "256", "4096", "16384", "--seconds", "900", *SMALL]
 
 
+pytestmark = pytest.mark.usefixtures("keep_threads")
+
+
 @pytest.fixture(autouse=True)
-def keep_threads(monkeypatch):
-    """And generate no code, which would take longer than all the rest."""
-    threads = torch.get_num_threads()
+def no_generated_code(monkeypatch):
+    """It would take longer than all the rest."""
     monkeypatch.setattr(compilation, "missing_toolchain", lambda: "no C++ compiler (test)")
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_exponent_of_a_power_law_and_its_range():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import plot
 from benchmarks.__main__ import main
@@ -20,15 +19,9 @@ from benchmarks.rollout.case import Completions, RolloutCase
 from benchmarks.step.case import model_config
 from model_cases import SIZES
 
+pytestmark = pytest.mark.usefixtures("keep_threads")
 OPTIONS = ["--prompts", "3", "--group-size", "2", "--median-prompt", "6", "--max-tokens", "5"]
 OPTIONS += ["--rounds", "2", "--threads", "1", "--dtype", "float32"]
-
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -26,15 +26,9 @@ from model_cases import SIZES
 
 HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "datasets", "accelerate"))
 
+pytestmark = pytest.mark.usefixtures("keep_threads")
 OPTIONS = ["--prompts", "2", "--group-size", "4", "--median-prompt", "6", "--threads", "1"]
 OPTIONS += ["--median-completion", "9", "--max-completion", "20", "--steps", "3"]
-
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -23,14 +23,8 @@ from benchmarks.losses.candidates import cpu_candidates
 from benchmarks.losses.cases import Case, make_inputs
 from benchmarks.losses.loss import cpu_targets
 
+pytestmark = pytest.mark.usefixtures("keep_threads")
 TINY = ["loss", "--rows", "32", "--vocab", "500", "--dim", "64", "--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_command_writes_json_table_and_plot(tmp_path, monkeypatch, capsys):
