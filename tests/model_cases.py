@@ -1,4 +1,10 @@
-"""The sizes of a decoder that takes no time, for benchmarks of whole models."""
+"""A decoder that takes no time, for benchmarks of whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.step.case import model_config
 
 SIZES = {
     "num_hidden_layers": 2,
@@ -9,3 +15,12 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
+
+
+def save_tiny_config(folder: Path) -> Path:
+    """The config of a very small Qwen3, in ``folder``, which is returned."""
+    config = model_config("tiny")
+    config.update(SIZES)
+    config.layer_types = config.layer_types[: SIZES["num_hidden_layers"]]
+    config.save_pretrained(folder)
+    return folder

@@ -16,8 +16,7 @@ from benchmarks.__main__ import main
 from benchmarks.rollout import case as rollout_case
 from benchmarks.rollout import command as rollout
 from benchmarks.rollout.case import Completions, RolloutCase
-from benchmarks.step.case import model_config
-from model_cases import SIZES
+from model_cases import save_tiny_config
 
 pytestmark = pytest.mark.usefixtures("keep_threads")
 OPTIONS = ["--prompts", "3", "--group-size", "2", "--median-prompt", "6", "--max-tokens", "5"]
@@ -26,13 +25,7 @@ OPTIONS += ["--rounds", "2", "--threads", "1", "--dtype", "float32"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a very small Qwen3."""
-    path = tmp_path_factory.mktemp("model")
-    config = model_config("tiny")
-    config.update(SIZES)
-    config.layer_types = config.layer_types[: SIZES["num_hidden_layers"]]
-    config.save_pretrained(path)
-    return path
+    return save_tiny_config(tmp_path_factory.mktemp("model"))
 
 
 def report_of(out: Path) -> dict[str, Any]:

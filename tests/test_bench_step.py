@@ -22,7 +22,7 @@ from benchmarks.step.flops import forward_flops, step_flops
 from benchmarks.step.parts import OVERHEAD, PARTS, Timeline, overhead
 from benchmarks.step.report import agreement, row_of, targets
 from crpo_fast.packing import pack
-from model_cases import SIZES
+from model_cases import save_tiny_config
 
 HAS_TRL = all(importlib.util.find_spec(name) for name in ("trl", "datasets", "accelerate"))
 
@@ -33,13 +33,7 @@ OPTIONS += ["--median-completion", "9", "--max-completion", "20", "--steps", "3"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The config of a very small Qwen3."""
-    path = tmp_path / "model"
-    config = model_config("tiny")
-    config.update(SIZES)
-    config.layer_types = config.layer_types[: SIZES["num_hidden_layers"]]
-    config.save_pretrained(path)
-    return path
+    return save_tiny_config(tmp_path / "model")
 
 
 def clocked(readings: list[float]) -> Timeline:
