@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from benchmarks.clock import Clock, cpu_cache_bytes, kept_for_others, measure_se
 from benchmarks.deadline import LATE
 from benchmarks.losses.baselines import Candidate, Result
 from benchmarks.losses.cases import Case, make_inputs
+from gpu_fakes import fake_cuda
 
 CPU = torch.device("cpu")
 
@@ -52,28 +52,8 @@ def test_cold_steps_come_after_a_flush_of_twice_the_cache(monkeypatch):
 
 def test_on_a_gpu_the_flush_comes_before_the_first_event(monkeypatch):
     log = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append("record")
-
-        def synchronize(self):
-            log.append("wait")
-
-        def elapsed_time(self, end):
-            return 4.0  # ms
-
-    fakes = {
-        "device": lambda _: contextlib.nullcontext(),
-        "Event": Event,
-        "synchronize": lambda *_: log.append("synchronize"),
-        "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=50 << 20),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    properties = SimpleNamespace(L2_cache_size=50 << 20)
+    fake_cuda(monkeypatch, log, 4.0, get_device_properties=lambda _: properties)
     timer = Clock(torch.device("cuda", 0))
     assert timer.cache_bytes == 50 << 20
     monkeypatch.setattr(timer, "flush", lambda: log.append("flush"))

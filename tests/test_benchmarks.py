@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
 import xml.etree.ElementTree as ET
@@ -22,6 +21,7 @@ from benchmarks.losses import plot as loss_plot
 from benchmarks.losses.candidates import cpu_candidates
 from benchmarks.losses.cases import Case, make_inputs
 from benchmarks.losses.loss import cpu_targets
+from gpu_fakes import fake_cuda
 
 pytestmark = pytest.mark.usefixtures("keep_threads")
 TINY = ["loss", "--rows", "32", "--vocab", "500", "--dim", "64", "--threads", "1"]
@@ -194,32 +194,15 @@ def test_cuda_without_a_gpu_says_what_to_type(capsys):
 
 
 def test_a_gpu_is_timed_by_events_and_counted_by_its_allocator(monkeypatch):
-    log, allocated, peaks = [], [100, 100], iter([900, 700])
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append("record")
-
-        def synchronize(self):
-            log.append("wait")
-
-        def elapsed_time(self, end):
-            return 12.5  # ms
-
-    device = torch.device("cuda", 0)
-    fakes = {
-        "device": lambda _: contextlib.nullcontext(),
-        "Event": Event,
-        "synchronize": lambda *_: log.append("synchronize"),
-        "memory_allocated": lambda _: allocated[0],
-        "max_memory_allocated": lambda _: next(peaks),
-        "reset_peak_memory_stats": lambda _: log.append("reset"),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    log, peaks, device = [], iter([900, 700]), torch.device("cuda", 0)
+    fake_cuda(
+        monkeypatch,
+        log,
+        12.5,
+        memory_allocated=lambda _: 100,
+        max_memory_allocated=lambda _: next(peaks),
+        reset_peak_memory_stats=lambda _: log.append("reset"),
+    )
     assert Clock(device).seconds(lambda: log.append("step")) == pytest.approx(0.0125)
     assert log == ["synchronize", "record", "step", "record", "wait"]
     log.clear()
