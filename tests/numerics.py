@@ -120,6 +120,25 @@ def run_loss(problem, dtype, *, bias=False, upstream=1.0, drop=(), needs=None, *
     return loss.detach(), grads, stats
 
 
+def run_strided(problem, dtype, shape, **options):
+    """`run_loss` on rows of ``shape``: hidden lies transposed, weight in every second column."""
+    hidden, weight, _ = problem.leaves(dtype)
+    lying = hidden.new_empty(hidden.shape[::-1]).t().copy_(hidden.detach()).requires_grad_()
+    num_rows, dim = weight.shape
+    wide, columns = weight.new_full((num_rows, 2 * dim + 4), torch.nan), slice(3, 3 + 2 * dim, 2)
+    wide[:, columns] = weight.detach()
+    wide.requires_grad_()
+    loss, stats = ck.linear_policy_loss(
+        lying.unflatten(0, shape),
+        wide[:, columns],
+        problem.labels.view(shape),
+        **{k: v.view(shape) for k, v in problem.vectors.items()},
+        **options,
+    )
+    loss.backward()
+    return loss.detach(), {"hidden": lying.grad, "weight": wide.grad[:, columns]}, stats
+
+
 def rel_error(value: Tensor, truth: Tensor) -> float:
     """max |value - truth| / max |truth|; the absolute error where the truth is 0 everywhere."""
     assert value.shape == truth.shape, (value.shape, truth.shape)

@@ -19,6 +19,7 @@ from numerics import (
     is_possible,
     make_problem,
     run_loss,
+    run_strided,
     spec_of,
     way_id,
 )
@@ -77,22 +78,10 @@ def test_rows_leading_dimensions_and_strides(way):
     truth = run_loss(problem, torch.float64, **options)
     rows = (problem.labels != ck.IGNORE_INDEX).nonzero()[:, 0].tolist()
     assert_same_result(run_loss(problem, torch.float64, rows=rows, **options), truth, 1e-13)
-    hidden, weight, _ = problem.leaves(torch.float64)
-    strided = torch.empty(16, 36, dtype=torch.float64).t().copy_(hidden.detach()).requires_grad_()
-    wide = torch.zeros(101, 40, dtype=torch.float64)
-    wide[:, 3:35:2] = weight.detach()
-    wide.requires_grad_()
-    loss, _ = ck.linear_policy_loss(
-        strided.view(6, 6, 16) if strided.is_contiguous() else strided.unflatten(0, (6, 6)),
-        wide[:, 3:35:2],
-        problem.labels.view(6, 6),
-        **{k: v.view(6, 6) for k, v in problem.vectors.items()},
-        **options,
-    )
-    loss.backward()
-    assert_near(loss.detach(), truth[0], 1e-13)
-    assert_near(strided.grad, truth[1]["hidden"], 1e-13)
-    assert_near(wide.grad[:, 3:35:2], truth[1]["weight"], 1e-13)
+    loss, grads, _ = run_strided(problem, torch.float64, (6, 6), **options)
+    assert_near(loss, truth[0], 1e-13)
+    for name, grad in grads.items():
+        assert_near(grad, truth[1][name], 1e-13, name)
 
 
 def test_unlisted_rows_do_not_count():

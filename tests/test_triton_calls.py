@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import crpo_kernels as ck
 import triton_tools
-from numerics import assert_near, assert_same_result, run_loss, spec_of
+from numerics import assert_near, assert_same_result, run_loss, run_strided, spec_of
 from triton_cases import GROUPS, TOLERANCE, WAYS, each_way, note_plans, shrink, small
 
 if reason := triton_tools.why_no_triton():
@@ -109,22 +109,10 @@ def test_rows_leading_dimensions_and_strides(way, device):
     counted = (problem.labels != ck.IGNORE_INDEX).nonzero()[:, 0]
     for rows in (counted, counted.int(), counted.tolist(), counted.cpu()):
         assert_same_result(run_loss(problem, torch.float32, rows=rows, **options), truth, 0.0)
-    hidden, weight, _ = problem.leaves(torch.float32)
-    strided = torch.empty(8, 12, device=device).t().copy_(hidden.detach()).requires_grad_()
-    wide = torch.full((40, 20), torch.nan, device=device)
-    wide[:, 3:19:2] = weight.detach()
-    wide.requires_grad_()
-    loss, stats = ck.linear_policy_loss(
-        strided.unflatten(0, (3, 4)),
-        wide[:, 3:19:2],
-        problem.labels.view(3, 4),
-        **{k: v.view(3, 4) for k, v in problem.vectors.items()},
-        **options,
-    )
-    loss.backward()
-    assert_near(loss.detach(), truth[0], 1e-6)
-    assert_near(strided.grad, truth[1]["hidden"], 1e-6)
-    assert_near(wide.grad[:, 3:19:2], truth[1]["weight"], 1e-6)
+    loss, grads, stats = run_strided(problem, torch.float32, (3, 4), **options)
+    assert_near(loss, truth[0], 1e-6)
+    for name, grad in grads.items():
+        assert_near(grad, truth[1][name], 1e-6, name)
     assert stats.logprobs.shape == (12,)
 
 
