@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crpo_fast.config_file import ConfigError
-from crpo_fast.stages import check_same_stages
+from crpo_fast.stages import check_one_per_stage, check_same_stages
 
 if TYPE_CHECKING:
     from crpo_fast.config import EntropyConfig, PhaseConfig
@@ -103,11 +103,7 @@ class EntropyAlarm:
         Raises:
             ValueError: not one entropy per stage.
         """
-        if len(entropies) != len(self.names):
-            raise ValueError(
-                f"entropies: expected one per stage, {len(self.names)}, got {len(entropies)}. "
-                "Pass None for a stage that does not occur."
-            )
+        check_one_per_stage(self.names, entropies)
         warnings, stops = [], []
         for k, entropy in enumerate(entropies):
             if entropy is None or math.isnan(entropy):

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from crpo_fast.config_file import ConfigError
-from crpo_fast.stages import check_same_stages
+from crpo_fast.stages import check_one_per_stage, check_same_stages
 
 if TYPE_CHECKING:
     from crpo_fast.config import EntropyConfig, PhaseConfig
@@ -129,11 +129,7 @@ class DualAscent:
         Raises:
             ValueError: not one entropy per stage.
         """
-        if len(entropies) != len(self.names):
-            raise ValueError(
-                f"entropies: expected one per stage, {len(self.names)}, got {len(entropies)}. "
-                "Pass None for a stage that does not occur."
-            )
+        check_one_per_stage(self.names, entropies)
         metrics = {}
         for k, entropy in enumerate(entropies):
             if entropy is None or not math.isfinite(entropy):

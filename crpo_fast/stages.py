@@ -28,7 +28,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -331,4 +331,17 @@ def check_same_stages(names: list[str], saved: list[str]) -> None:
         raise ValueError(
             f"state: expected the stages {names}, got {saved}. Resume with the stages of the "
             "checkpoint, or start a new run folder."
+        )
+
+
+def check_one_per_stage(names: Sequence[str], entropies: Sequence[float | None]) -> None:
+    """Refuse a list of entropies of other stages.
+
+    Raises:
+        ValueError: not one entropy per stage.
+    """
+    if len(entropies) != len(names):
+        raise ValueError(
+            f"entropies: expected one per stage, {len(names)}, got {len(entropies)}. "
+            "Pass None for a stage that does not occur."
         )
