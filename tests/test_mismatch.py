@@ -17,19 +17,24 @@ from crpo_fast.rollout.static import StaticEngine
 TINY = str(Path(__file__).with_name("tiny.toml"))
 
 
+def shift_logprobs(patch: pytest.MonkeyPatch, nats: float) -> None:
+    """The engine's logprobs are ``nats`` larger than those of its samples."""
+    generate = StaticEngine.generate
+
+    def shifted(self: StaticEngine, *args: Any, **kwargs: Any) -> list[RolloutGroup]:
+        groups = generate(self, *args, **kwargs)
+        for sample in (s for g in groups for s in g.samples):
+            sample.logprobs[:] = [x + nats for x in sample.logprobs]
+        return groups
+
+    patch.setattr(StaticEngine, "generate", shifted)
+
+
 def test_other_weights_in_the_engine_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generate = StaticEngine.generate
-
-    def from_other_weights(self: StaticEngine, *args: Any, **kwargs: Any) -> list[RolloutGroup]:
-        groups = generate(self, *args, **kwargs)
-        for sample in (s for g in groups for s in g.samples):
-            sample.logprobs[:] = [x - 0.5 for x in sample.logprobs]
-        return groups
-
     arguments = [TINY, "--run.dir", str(tmp_path / "r"), "--train.max_steps", "1"]
-    monkeypatch.setattr(StaticEngine, "generate", from_other_weights)
+    shift_logprobs(monkeypatch, -0.5)
     assert train.main(arguments) == 1
     error = capsys.readouterr().err
     assert "the engine serves other weights" in error
@@ -47,15 +52,7 @@ def test_metrics_of_an_engine_that_is_off_by_a_known_amount(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: list[str], cut: float, rho: float
 ) -> None:
     """Its logprobs are too small by .3 nats: every rho is e^.3, in all updates of a rollout."""
-    generate = StaticEngine.generate
-
-    def shifted(self: StaticEngine, *args: Any, **kwargs: Any) -> list[RolloutGroup]:
-        groups = generate(self, *args, **kwargs)
-        for sample in (s for g in groups for s in g.samples):
-            sample.logprobs[:] = [x - 0.3 for x in sample.logprobs]
-        return groups
-
-    monkeypatch.setattr(StaticEngine, "generate", shifted)
+    shift_logprobs(monkeypatch, -0.3)
     correction = ["--objective.rho_mode", *mode, "--objective.rho_cap", "1.2"] if mode else []
     settings = ["--rollout.max_mismatch", "1", "--train.updates_per_rollout", "2"]
     settings += ["--train.minibatches", "1", "--train.max_steps", "1", "--train.threads", "1"]
