@@ -31,7 +31,7 @@ import triton_tools
 triton_tools.import_interpreted()
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_WORKERS = 8  # the longest file alone takes about an eighth of the whole
+MAX_WORKERS = 8  # the longest file alone takes a seventh of the whole
 WORKER_BYTES = 3 << 30  # a worker and the two to four ranks that one of its tests may start
 skip_counts: Counter[str] = Counter()
 
@@ -90,6 +90,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # files with most tests first leaves long ones for last
     return LoadFileScheduling(config, log)
 
 
