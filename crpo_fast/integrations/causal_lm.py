@@ -1,0 +1,140 @@
+"""A transformers causal LM for any trainer: its forward ends in the fused loss, not in logits.
+
+    add_fused_head(model)            # once, before the model is sharded, wrapped or compiled
+
+    def loss_of(hidden, weight, **options):                    # [B, L, D], [V, D]
+        return linear_policy_loss(hidden, weight, labels, advantages=..., token_weights=...,
+                                  **options)
+
+    loss, stats = model(input_ids, attention_mask=mask, head=loss_of)
+
+``model`` is the outermost wrapper. The call goes through every wrapper's ``__call__`` down to that
+of the head, so that all their hooks run: gradients are reduced, sharded weights are whole and in
+the compute dtype. ``lm_head.weight`` read from outside is not: under FSDP2 it is a DTensor, which
+the loss refuses, and its ``full_tensor()`` gives wrong gradients without an error.
+
+Per-token vectors travel inside the function, as FSDP casts the float tensors among a forward's
+arguments to the compute dtype. ``options`` are the head's bias, logit scale, soft cap and LoRA.
+
+DDP, FSDP and DeepSpeed average gradients over ranks: multiply token_weights and entropy_weights,
+whose denominators count the tokens of all ranks, by the number of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from crpo_fast.policy import UnsupportedModelError, head_options
+
+# head(hidden [B, L, D], weight [V, D], **options) -> tensor or pytree of tensors
+HeadFunction = Callable[..., Any]
+_OF_LOGITS = ("labels", "logits_to_keep")  # arguments of a forward that make or cut logits
+
+
+def add_fused_head(model: Any) -> Any:
+    """Give ``model.forward`` the keyword ``head``; without it nothing changes. Returns ``model``.
+
+    Parameters, names, tying, ``generate``, ``save_pretrained`` and the signature stay as they are.
+    Called twice it does nothing.
+
+    Args:
+        model: a transformers causal LM, or a peft model around one. Adapters may come later, on
+            the head too; wrappers must.
+
+    Raises:
+        UnsupportedModelError: logits are not scale * (hidden W^T + bias), capped or not.
+        ValueError: ``model`` is wrapped or sharded already.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(getattr(inner, "forward", None), "crpo_options"):
+        return model
+    function = getattr(getattr(inner, "forward", None), "__func__", None)
+    if function is None or not hasattr(inner, "get_output_embeddings"):
+        raise ValueError(
+            f"model: expected a transformers causal LM, got {type(model).__name__}. Call "
+            "add_fused_head before torch.compile, DDP, FSDP and DeepSpeed."
+        )
+    head = inner.get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"model: expected an output head without adapters, got {type(head).__name__}. Call "
+            "add_fused_head before peft: the loss then takes the adapter along."
+        )
+    options = head_options(inner)
+    if type(head).forward is not nn.Linear.forward:
+        raise UnsupportedModelError(
+            f"model: expected a plain nn.Linear as output head, got {type(head).__name__}, which "
+            "computes in its own way. Leave the head out of quantisation."
+        )
+    head.forward = types.MethodType(_head_forward, head)
+    inner.forward = types.MethodType(_with_head(function, options), inner)
+    return model
+
+
+def _head_forward(
+    self: nn.Linear, hidden: Tensor, head: HeadFunction | None = None, options: Any = None
+) -> Any:
+    """The head's forward: logits, or ``head`` of the weight that its wrapper made whole."""
+    if head is None:
+        return type(self).forward(self, hidden)
+    bias = {} if self.bias is None else {"bias": self.bias}
+    return head(hidden, self.weight, **bias, **options)
+
+
+def _with_head(plain: Callable[..., Any], options: dict[str, float]) -> Callable[..., Any]:
+    """``plain``, a model's forward, with one argument more, under the signature of ``plain``.
+
+    ``generate`` looks there for what a model accepts.
+    """
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, head: HeadFunction | None = None, **inputs: Any) -> Any:
+        if head is None:
+            return plain(self, *args, **inputs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        for name in _OF_LOGITS:
+            if name in inputs:
+                raise ValueError(
+                    f"{name}: expected none beside head, which makes no logits. Use it inside the "
+                    "function that head names."
+                )
+        inputs |= {"return_dict": True, "use_cache": False}
+        hidden = self.base_model(*args, **inputs).last_hidden_state  # [B, L, D]
+        output = self.get_output_embeddings()
+        adapter = _adapter(output)
+        if adapter:
+            output = output.base_layer
+        return output(hidden, head, {**options, **adapter})
+
+    forward.crpo_options = options  # type: ignore[attr-defined]
+    return forward
+
+
+def _adapter(head: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """``lora_head`` of peft's LoRA layer around the head; nothing without one.
+
+    Raises:
+        UnsupportedModelError: an adapter that the loss cannot take along.
+    """
+    if not hasattr(head, "base_layer") or head.disable_adapters or head.merged:
+        return {}
+    names = [name for name in head.active_adapters if name in getattr(head, "lora_A", {})]
+    is_plain = len(names) == 1 and not getattr(head, "lora_variant", None)
+    if not is_plain or head.lora_A[names[0]].bias is not None:
+        raise UnsupportedModelError(
+            f"model: expected one plain LoRA adapter on the head, got {type(head).__name__} with "
+            f"{list(head.active_adapters)}. Take lm_head out of target_modules, or activate one."
+        )
+    name = names[0]
+    dropout = head.lora_dropout[name]
+    if head.training and getattr(dropout, "p", 0.0) > 0.0:
+        raise UnsupportedModelError(
+            f"model: expected no dropout in the head's adapter, got {dropout.p}. Pass "
+            "lora_dropout=0.0, or take lm_head out of target_modules."
+        )
+    return {"lora_head": (head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name])}

@@ -1,0 +1,234 @@
+"""`add_fused_head` under what people wrap models in: losses and gradients against all logits.
+
+On one process: torch.compile, tied embeddings, accumulation, checkpointing, autocast, peft, copies,
+and transformers' Trainer. On two (wrapper_worker.py, one start of torchrun): DDP, FSDP1, FSDP2 and
+DeepSpeed. The loss itself in compiled models: test_compile_use.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from crpo_fast.integrations.causal_lm import add_fused_head
+from crpo_fast.policy import UnsupportedModelError
+from wrapper_cases import (
+    fused_loss,
+    largest_error,
+    make_batch,
+    make_model,
+    plain_loss,
+    step,
+)
+
+WORKER = Path(__file__).with_name("wrapper_worker.py")
+RANKS = (
+    *("ddp", "ddp_tied", "ddp_accumulated", "ddp_compiled"),
+    *("fsdp1_flat", "fsdp1_blocks_tied", "fsdp1_a_unit_of_the_head"),
+    *("fsdp2_blocks_tied", "fsdp2_a_unit_of_the_head", "fsdp2_checkpointed"),
+    *("fsdp2_accumulated", "fsdp2_compiled", "fsdp2_keeps_the_vectors_in_fp32"),
+    *("fsdp2_a_weight_from_outside_is_refused", "deepspeed_zero2"),
+)
+
+
+def assert_equal(model, wrapped, plain, tolerance=1e-11):
+    """One step of ``wrapped``, made of ``model``, and one from the logits of ``plain``."""
+    batch = make_batch()
+    want, got = plain_loss(plain, batch), fused_loss(wrapped, batch)
+    assert abs(float(got.detach() / want.detach()) - 1) < tolerance
+    assert largest_error(step(model, got), step(plain, want)) < tolerance
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_alone(tied):
+    model = add_fused_head(make_model(tied))
+    assert_equal(model, model, make_model(tied))
+
+
+def test_compiled_in_one_graph(forget_graphs):
+    model = add_fused_head(make_model(layers=1))
+    assert_equal(
+        model, torch.compile(model, fullgraph=True, backend="aot_eager"), make_model(layers=1)
+    )
+
+
+def test_gradient_checkpointing():
+    model = add_fused_head(make_model())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_equal(model.train(), model, make_model())
+
+
+def test_accumulation_of_uneven_parts():
+    """Weights hold the counts of the whole step, so that parts add up whatever they hold."""
+    model, plain = add_fused_head(make_model()), make_model()
+    batch = make_batch()
+    truth = step(plain, plain_loss(plain, batch))
+    for cut in (slice(0, 1), slice(1, 4)):
+        fused_loss(model, {name: value[cut] for name, value in batch.items()}).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert largest_error(found, truth) < 1e-11
+
+
+def test_autocast():
+    """As near to fp64 as the loss from logits under the same autocast; no ratio near a clip."""
+    errors, exact, batch = [], make_model(), make_batch()
+    with torch.no_grad():
+        logits = exact(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    log_p = logits.log_softmax(-1)
+    batch["old_logprobs"] = log_p.gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
+    truth = step(exact, plain_loss(exact, batch))
+    batch = {name: v.float() if v.is_floating_point() else v for name, v in batch.items()}
+    for loss_of in (plain_loss, fused_loss):
+        model = add_fused_head(make_model(dtype=torch.float32))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model, batch)
+        found = {name: grad.double() for name, grad in step(model, loss).items()}
+        errors.append(largest_error(found, truth))
+    assert errors[1] < 2 * errors[0] < 0.3, errors
+
+
+def test_a_copy_computes_with_its_own_weights():
+    """Such as a reference model."""
+    model = add_fused_head(make_model())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert_equal(twin, twin, make_model())
+
+
+def test_the_model_stays_as_it_was(tmp_path):
+    plain, model = make_model(), add_fused_head(add_fused_head(make_model()))
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    ids = make_batch()["input_ids"][:2]
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # padded on the left: positions have to be counted from the mask
+    wanted = {"max_new_tokens": 4, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **wanted), plain.generate(ids, **wanted))
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    model.save_pretrained(tmp_path)
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(reloaded(ids).logits, plain(ids).logits)
+
+
+def adapted(model, targets, **options):
+    """``model`` with random LoRA adapters."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    made = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, **options)
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(model, made).double()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.2)
+    return wrapped
+
+
+@pytest.mark.parametrize("kind", ["blocks", "head", "whole_head"])
+def test_peft(kind):
+    targets = ["q_proj", "down_proj", *(["lm_head"] if kind == "head" else [])]
+    options = {"modules_to_save": ["lm_head"]} if kind == "whole_head" else {}
+    plain = adapted(make_model(), targets, **options)
+    model = adapted(add_fused_head(make_model()), targets, **options)
+    assert_equal(model, model, plain)
+    with model.disable_adapter(), plain.disable_adapter(), torch.no_grad():
+        batch = make_batch()
+        want, got = plain_loss(plain, batch), fused_loss(model, batch)
+    assert abs(float(got / want) - 1) < 1e-11
+
+
+def test_peft_first():
+    plain = adapted(make_model(), ["q_proj"])
+    model = adapted(make_model(), ["q_proj"])
+    assert add_fused_head(model) is model
+    assert_equal(model, model, plain)
+
+
+def test_dropout_of_the_heads_adapter_is_refused():
+    model = adapted(add_fused_head(make_model()), ["lm_head"], lora_dropout=0.1)
+    assert_equal(model.eval(), model, adapted(make_model(), ["lm_head"], lora_dropout=0.1).eval())
+    with pytest.raises(UnsupportedModelError, match=r"model: expected no dropout .* got 0\.1"):
+        fused_loss(model.train(), make_batch())
+
+
+def test_transformers_trainer_with_accumulation(tmp_path):
+    """Two micro-batches of one step; the Trainer divides nothing."""
+    model, plain, batch = add_fused_head(make_model()), make_model(), make_batch()
+    truth = step(plain, plain_loss(plain, batch))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+    class Trainer(transformers.Trainer):
+        loss_is_scaled_for_ga = True
+
+        def compute_loss(self, model, inputs, **_):
+            return fused_loss(model, inputs)
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        max_steps=1, remove_unused_columns=False, report_to=[], use_cpu=True, max_grad_norm=0.0,
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(len(batch["labels"]))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    trainer = Trainer(
+        model, arguments, train_dataset=rows, optimizers=(optimizer, constant),
+        data_collator=lambda part: {k: torch.stack([row[k] for row in part]) for k in part[0]},
+    )  # fmt: skip
+    trainer.train()
+    lost = {name: before[name] - value.detach() for name, value in model.named_parameters()}
+    assert largest_error(lost, truth) < 1e-11
+
+
+def test_mistakes():
+    model = add_fused_head(make_model())
+    batch = make_batch()
+    with pytest.raises(ValueError, match="labels: expected none beside head"):
+        model(batch["input_ids"], labels=batch["labels"], head=print)
+    for wrapped in (nn.Linear(2, 2), torch.compile(make_model())):
+        with pytest.raises(ValueError, match=r"model: expected .* before torch\.compile"):
+            add_fused_head(wrapped)
+    with pytest.raises(ValueError, match=r"model: .*before peft"):
+        add_fused_head(adapted(make_model(), ["lm_head"]))
+
+    class Scaled(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden)
+
+    other = make_model()
+    other.lm_head.__class__ = Scaled
+    with pytest.raises(UnsupportedModelError, match=r"model: expected a plain nn\.Linear"):
+        add_fused_head(other)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """What wrapper_worker.py found, by case."""
+    out = tmp_path_factory.mktemp("wrappers") / "found.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node=2", str(WORKER), str(out)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text("utf-8"))
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", RANKS)
+def test_two_ranks(name, on_two_ranks):
+    assert on_two_ranks.keys() == set(RANKS)
+    found = on_two_ranks[name]
+    if isinstance(found, str):
+        pytest.skip(found)
+    tolerance = 2e-6 if name.startswith("deepspeed") else 1e-11  # fp32 there, else fp64
+    assert max(found.values()) < tolerance, found

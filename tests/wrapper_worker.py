@@ -1,0 +1,259 @@
+"""Started by torchrun from test_wrappers.py with a file to write: every wrapper on two ranks.
+
+Each case takes one SGD step of rate 1 with the fused loss on this rank's half of the batch; what
+the parameters lost is the gradient, whatever the wrapper keeps of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from crpo_fast.integrations.causal_lm import add_fused_head
+from crpo_kernels import linear_logprobs
+from wrapper_cases import (
+    fused_loss,
+    largest_error,
+    make_batch,
+    make_model,
+    part,
+    plain_loss,
+    step,
+    trained,
+)
+
+RANKS = 2
+CASES: dict[str, Callable[[], dict[str, float]]] = {}
+
+
+def case(function: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    """Register a case under its name."""
+    CASES[function.__name__] = function
+    return function
+
+
+def mine(index: int = 0, count: int = 1) -> dict[str, Tensor]:
+    """This rank's half of the batch, or one of ``count`` parts of it."""
+    half = part(make_batch(), dist.get_rank(), RANKS, times=RANKS)
+    return part(half, index, count)
+
+
+def compare(
+    wrap: Callable[[Any], Any], *, tied: bool = False, parts: int = 1, layers: int = 2
+) -> dict[str, float]:
+    """Losses and gradients of the wrapped model against those from all logits of one process."""
+    plain, model = make_model(tied, layers=layers), make_model(tied, layers=layers)
+    truth_loss = plain_loss(plain, make_batch())
+    truth = step(plain, truth_loss)
+    before = trained(model)
+    wrapped = wrap(add_fused_head(model))
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+    total = torch.zeros((), dtype=torch.float64)
+    for index in range(parts):
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.require_backward_grad_sync = index == parts - 1  # as no_sync does
+        loss = fused_loss(wrapped, mine(index, parts))
+        loss.backward()
+        total += loss.detach() / RANKS
+    optimizer.step()
+    dist.all_reduce(total)
+    after = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    lost = {name: value - after[name] for name, value in before.items()}
+    loss_error = abs(float(total / truth_loss.detach()) - 1)
+    return {"loss": loss_error, "gradients": largest_error(lost, truth)}
+
+
+@case
+def ddp() -> dict[str, float]:
+    return compare(DistributedDataParallel)
+
+
+@case
+def ddp_tied() -> dict[str, float]:
+    return compare(DistributedDataParallel, tied=True)
+
+
+@case
+def ddp_accumulated() -> dict[str, float]:
+    return compare(DistributedDataParallel, parts=2)
+
+
+@case
+def ddp_compiled() -> dict[str, float]:
+    def wrap(model: Any) -> Any:
+        return DistributedDataParallel(torch.compile(model, fullgraph=True, backend="aot_eager"))
+
+    return compare(wrap, layers=1)
+
+
+def fsdp1(model: nn.Module, units: set[type[nn.Module]], original: bool = True) -> nn.Module:
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy(units) if units else None,
+        use_orig_params=original,
+        device_id=torch.device("cpu"),
+    )
+
+
+@case
+def fsdp1_flat() -> dict[str, float]:
+    return compare(functools.partial(fsdp1, units=set(), original=False))
+
+
+@case
+def fsdp1_blocks_tied() -> dict[str, float]:
+    return compare(functools.partial(fsdp1, units={LlamaDecoderLayer}), tied=True)
+
+
+@case
+def fsdp1_a_unit_of_the_head() -> dict[str, float]:
+    return compare(functools.partial(fsdp1, units={LlamaDecoderLayer, nn.Linear}, original=False))
+
+
+def fsdp2(model: Any, head: bool = False, checkpointing: bool = False) -> Any:
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    if head:
+        fully_shard(model.lm_head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@case
+def fsdp2_blocks_tied() -> dict[str, float]:
+    return compare(fsdp2, tied=True)
+
+
+@case
+def fsdp2_a_unit_of_the_head() -> dict[str, float]:
+    return compare(functools.partial(fsdp2, head=True))
+
+
+@case
+def fsdp2_checkpointed() -> dict[str, float]:
+    return compare(functools.partial(fsdp2, checkpointing=True))
+
+
+@case
+def fsdp2_accumulated() -> dict[str, float]:
+    return compare(functools.partial(fsdp2, head=True), parts=2)
+
+
+@case
+def fsdp2_compiled() -> dict[str, float]:
+    def wrap(model: Any) -> Any:
+        model = fsdp2(model)
+        model.compile(backend="aot_eager")
+        return model
+
+    return compare(wrap, layers=1)
+
+
+@case
+def fsdp2_keeps_the_vectors_in_fp32() -> dict[str, float]:
+    """A policy that casts floats to bf16 finds none among the arguments."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = fully_shard(
+        add_fused_head(make_model(dtype=torch.float32)), mesh=mesh, mp_policy=policy
+    )
+    batch = part(make_batch(torch.float32), dist.get_rank(), RANKS)
+    seen = {}
+
+    def look(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        seen["cast"] = float(hidden.dtype == weight.dtype == torch.bfloat16)
+        seen["vectors"] = float(batch["token_weights"].dtype == torch.float32)
+        return linear_logprobs(hidden, weight, batch["labels"], **options).logprobs.sum()
+
+    model(batch["input_ids"], attention_mask=batch["attention_mask"], head=look).backward()
+    return {"loss": 1.0 - seen["cast"], "gradients": 1.0 - seen["vectors"]}
+
+
+@case
+def fsdp2_a_weight_from_outside_is_refused() -> dict[str, float]:
+    model = fsdp2(add_fused_head(make_model()))
+    hidden = torch.zeros(12, 16, dtype=torch.float64)
+    try:
+        linear_logprobs(hidden, model.lm_head.weight, torch.zeros(12, dtype=torch.long))
+    except ValueError as error:
+        is_named = "DTensor" in str(error) and "full_tensor" in str(error)
+        return {"loss": 0.0, "gradients": 1.0 - is_named}
+    return {"loss": 1.0, "gradients": 1.0}
+
+
+@case
+def deepspeed_zero2() -> dict[str, float]:
+    """In fp32, as ZeRO has no fp64; its engine divides by the micro-batches, so there is one."""
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.utils import safe_get_full_grad
+
+    __compatible_ops__["deepspeed_shm_comm"] = False  # 30 s of C++ for two ranks of one test
+    plain, model = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
+    truth_loss = plain_loss(plain, make_batch(torch.float32))
+    truth = step(plain, truth_loss)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine, *_ = deepspeed.initialize(
+        model=add_fused_head(model), optimizer=optimizer, config=config
+    )
+    batch = part(make_batch(torch.float32), dist.get_rank(), RANKS, times=RANKS)
+    loss = fused_loss(engine, batch)
+    engine.backward(loss)
+    names = [name for name, _ in model.named_parameters()]
+    found = {n: safe_get_full_grad(p) for n, p in zip(names, model.parameters(), strict=True)}
+    total = loss.detach() / RANKS
+    dist.all_reduce(total)
+    return {
+        "loss": abs(float(total / truth_loss.detach()) - 1),
+        "gradients": largest_error(found, truth),
+    }
+
+
+def why_not(name: str) -> str | None:
+    """Why a case cannot run here."""
+    if name.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        return "deepspeed is not installed"
+    return None
+
+
+def main(out: Path, names: list[str]) -> None:
+    """Run the cases, or those that are named, and write their errors."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    for name, function in CASES.items():
+        if names and name not in names:
+            continue
+        found[name] = why_not(name) or function()
+        torch._dynamo.reset()
+        dist.barrier()
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
