@@ -6,6 +6,8 @@ same numbers, sum of len_i^2 instead of T^2 work, and no mask. A prompt may stan
 several completions, each of which sees it and itself. Decoding on a CPU has a path of its own;
 padded batches and sliding windows go to ``sdpa`` unchanged.
 
+sdpa has no soft cap of scores (Gemma 2): ``packed_softcap`` is the same with plain products.
+
 After importing this module, models load with ``attn_implementation="sdpa_packed"``.
 """
 
@@ -22,8 +24,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 __all__ = [
+    "PACKED_SOFTCAP",
     "SDPA_PACKED",
     "choose_attention",
     "flash_bounds",
@@ -33,16 +37,37 @@ __all__ = [
 ]
 
 SDPA_PACKED = "sdpa_packed"
+PACKED_SOFTCAP = "packed_softcap"  # models without sdpa refuse every name with "sdpa" in it
 
 
 def choose_attention(
-    requested: str = "auto", device: str = "cpu", compute_dtype: str = "bfloat16"
+    requested: str = "auto",
+    device: str = "cpu",
+    compute_dtype: str = "bfloat16",
+    model_config: Any = None,
 ) -> tuple[str, str]:
     """Returns the attention implementation and the reason for it.
 
     ``auto`` is the newest installed flash attention on CUDA where ``compute_dtype`` (of the config)
     is one that it takes, ``sdpa_packed`` everywhere else.
+
+    Args:
+        requested: "auto" or an implementation of transformers.
+        device: where the model will run.
+        compute_dtype: of its activations.
+        model_config: of transformers; None: of a model that sdpa can serve.
     """
+    name, reason = _choice(requested, device, compute_dtype)
+    if name != SDPA_PACKED or model_config is None:
+        return name, reason
+    if getattr(model_config, "attn_logit_softcapping", None):
+        return PACKED_SOFTCAP, "plain products, as sdpa has no soft cap of scores"
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._supports_sdpa:
+        return "eager", f"sdpa cannot serve {model_config.model_type} in transformers"
+    return name, reason
+
+
+def _choice(requested: str, device: str, compute_dtype: str) -> tuple[str, str]:
     if requested != "auto":
         return requested, "asked for by model.attention"
     if not device.startswith("cuda"):
@@ -64,14 +89,19 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     position_ids: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sequence of a packed row; returns [B, T, H, d]."""
+    is_row = query.shape[0] == 1 and query.shape[2] == key.shape[2] and position_ids is not None
+    if softcap is not None:
+        lengths = sequence_lengths(position_ids) if is_row else [query.shape[2]]
+        options = (scaling or query.shape[3] ** -0.5, softcap, dropout)
+        return _capped(query, key, value, attention_mask, lengths, options), None
     if query.shape[2] == 1 and query.device.type == "cpu" and dropout == 0.0:
         return _decode(query, key, value, attention_mask, scaling), None
-    parts = [(0, query.shape[2])]
-    if attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2]:
-        parts = parts if position_ids is None else segments(position_ids)
+    is_packed = is_row and attention_mask is None
+    parts = segments(position_ids) if is_packed else [(0, query.shape[2])]
     if len(parts) == 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
@@ -123,6 +153,37 @@ def _decode(
     elif attention_mask is not None:
         scores = scores + attention_mask
     return (scores.softmax(-1).to(value.dtype) @ value).reshape(batch, 1, heads, dim)
+
+
+def _capped(
+    query: Tensor,  # [B, H, T, d]
+    key: Tensor,  # [B, H_kv, S, d]
+    value: Tensor,  # [B, H_kv, S, d]
+    mask: Tensor | None,  # [B, 1, T, S] bool; None: causal
+    lengths: list[int],  # of the sequences of a packed row; [T] otherwise
+    options: tuple[float, float, float],  # scaling, softcap, dropout
+) -> Tensor:
+    """Attention with softcap * tanh(score / softcap) for scores, [B, T, H, d]; n^2 H a sequence."""
+    scaling, softcap, dropout = options
+    is_packed = len(lengths) > 1
+    outputs, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        columns = rows if is_packed else slice(None)
+        q, k, v = query[:, :, rows], key[:, :, None, columns], value[:, :, None, columns]
+        grouped = q.unflatten(1, (key.shape[1], -1))  # [B, H_kv, H / H_kv, n, d]
+        scores = grouped @ k.transpose(3, 4)  # [B, H_kv, H / H_kv, n, m]
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * (scaling / softcap)
+        scores = scores.tanh() * softcap
+        if mask is None:
+            n, m = scores.shape[-2:]
+            seen = scores.new_ones(n, m, dtype=torch.bool).tril(m - n)
+        else:
+            seen = mask[:, :, None, rows, columns]
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)  # padding sees nothing
+        outputs.append(torch.dropout(scores.softmax(-1), dropout, True).to(v.dtype) @ v)
+        start += length
+    return torch.cat(outputs, 3).flatten(1, 2).transpose(1, 2).contiguous()
 
 
 _known = WeakTensorKeyDictionary()  # position ids -> (their version, segments)
@@ -210,5 +271,6 @@ def _mask(
     )
 
 
-AttentionInterface.register(SDPA_PACKED, _attention)
-AttentionMaskInterface.register(SDPA_PACKED, _mask)
+for _name in (SDPA_PACKED, PACKED_SOFTCAP):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _mask)

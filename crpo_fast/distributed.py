@@ -226,13 +226,19 @@ def shard(
         _unit(block, reshards, mesh=mesh, mp_policy=policy)
     if head.weight is not embedding.weight:
         _unit(embedding, reshards, mesh=mesh, mp_policy=policy)
-        fully_shard(
-            [model.base_model.norm, head], mesh=mesh, mp_policy=policy, reshard_after_forward=False
-        )
-        head._crpo_reshard = model.base_model.norm._crpo_reshard = False
+        last = [*_final_norm(model.base_model), head]
+        fully_shard(last, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        for module in last:
+            module._crpo_reshard = False
     _unit(model, False, mesh=mesh, mp_policy=policy)
     for method in methods:
         register_fsdp_forward_method(model, method)
+
+
+def _final_norm(decoder: Any) -> list[Any]:
+    """The norm before the head, as architectures call it; without one the root holds it."""
+    names = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+    return [getattr(decoder, name) for name in names if hasattr(decoder, name)]
 
 
 def _unit(module: Any, reshard: bool, **kwargs: Any) -> None:

@@ -52,8 +52,11 @@ _CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def check_model(path: str | Path) -> None:
+def check_model(path: str | Path) -> Any:
     """Refuses what is not the folder (or hub name) of a causal LM, without loading weights.
+
+    Returns:
+        The model's config.
 
     Raises:
         ModelError: no such model, no config, or not a causal LM.
@@ -82,6 +85,7 @@ def check_model(path: str | Path) -> None:
             f"model.path: expected a causal language model, got {path} of type "
             f"{' / '.join(classes)}. Give a decoder, such as the one that `{_MAKE}` makes."
         )
+    return config
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -124,14 +128,14 @@ def load_model(
         ModelError: see ``check_model`` and ``load_tokenizer``; also weights that are missing, or a
             tokenizer with more ids than the model has embeddings.
     """
-    check_model(path)
+    config = check_model(path)
     tokenizer = load_tokenizer(path)
     try:
         with _no_progress_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
-                attn_implementation=choose_attention(attention, device)[0],
+                attn_implementation=choose_attention(attention, device, model_config=config)[0],
                 output_loading_info=True,
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:

@@ -58,12 +58,12 @@ def model_maker(config: Config, device: str) -> Callable[[], Any]:
         found: Any = AutoConfig.for_model("llama", **SMOLLM2)
     else:
         try:
-            models.check_model(settings.path)
+            found = models.check_model(settings.path)
         except ModelError as error:
             raise ModelError(
                 f"{error} For a plan a folder with its config.json is enough."
             ) from error
-        found = AutoConfig.from_pretrained(settings.path)
+        attention, _ = models.choose_attention(attention, model_config=found)
     return lambda: AutoModelForCausalLM.from_config(
         found, dtype=torch.float32, attn_implementation=attention
     )

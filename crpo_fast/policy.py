@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from crpo_fast import attention, distributed
 from crpo_fast.distributed import World
+from crpo_fast.model_check import UnsupportedModelError, check_packing, head_options
 from crpo_fast.packing import MicroBatch
 from crpo_fast.score_head import ERRORS, exact_differences
 from crpo_kernels import linear_logprobs
@@ -28,12 +28,18 @@ from crpo_kernels import linear_logprobs
 if TYPE_CHECKING:
     from crpo_fast.loss import LossSpec
 
+__all__ = [
+    "HeadFunction",
+    "Policy",
+    "UnsupportedModelError",
+    "copy_weights",
+    "create",
+    "head_options",
+    "install_head",
+]
+
 # compute(hidden [R, D], weight [V, D], **head arguments) -> tensor or pytree of tensors
 HeadFunction = Callable[..., Any]
-
-
-class UnsupportedModelError(ValueError):
-    """The model's head does something that the fused loss does not."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,16 @@ class Policy:
         found = {name: logprobs} if errors is None else {name: logprobs, ERRORS[name]: errors}
         return batch.with_vectors(**found)
 
+    def check_packing(self) -> None:
+        """Two forwards of a few tokens; see ``model_check.check_packing``. A collective."""
+        was_training, name = self.model.training, type(self.model).__name__
+        self.model.eval()
+        try:
+            check_packing(lambda batch, compute: self(batch.to(self.world.device), compute), name)
+        finally:
+            self.model.train(was_training)
+            distributed.reshard(self.model)
+
     def gathered(self) -> AbstractContextManager[nn.Module]:
         """The whole model on every rank, for generation."""
         return distributed.gathered(self.model)
@@ -102,13 +118,13 @@ def create(
     """Patch the head, then shard ``model`` in place.
 
     Raises:
-        UnsupportedModelError: the model scales or caps its logits in a way the loss does not know.
+        UnsupportedModelError: the model makes its logits in a way the loss does not know.
     """
-    options = head_options(model)
     model.to(world.device)
+    options = head_options(model)
     model.requires_grad_(trainable)
     if freeze_head:
-        model.get_output_embeddings().weight.requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
     if activation_checkpointing and trainable:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     install_head(model)
@@ -127,32 +143,6 @@ def copy_weights(source: Policy, target: Policy) -> None:
 
 def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def head_options(model: PreTrainedModel) -> dict[str, float]:
-    """Logit scale and softcap of the model's config under the fused loss's names.
-
-    Raises:
-        UnsupportedModelError: a scale has a name that is known to exist but is not implemented
-            here.
-    """
-    config, options = model.config, {}
-    if getattr(config, "final_logit_softcapping", None):
-        options["logit_softcap"] = float(config.final_logit_softcapping)
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        scale *= float(getattr(config, name, None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    if scale != 1.0:
-        options["logit_scale"] = scale
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise UnsupportedModelError(
-            f"model: expected an nn.Linear output head, got {type(head).__name__}. The fused loss "
-            "needs logits = hidden @ weight.T (+ bias); train another model or export this one "
-            "with such a head."
-        )
-    return options
 
 
 def install_head(model: Any) -> None:

@@ -45,7 +45,7 @@ def rows(session: Session, folder: RunFolder, resume: Resume) -> list[Row]:
     config, world = session.config, session.world
     settings = config.model
     attention, why = models.choose_attention(
-        settings.attention, world.device.type, settings.compute_dtype
+        settings.attention, world.device.type, settings.compute_dtype, session.policy.model.config
     )
     choice, passes = _loss_choice(session)
     found = [

@@ -222,7 +222,9 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
             activation_checkpointing=config.model.activation_checkpointing,
             freeze_head=config.model.freeze_head,
         )
-    check_layout(config, model)
+        check_layout(config, model)
+        if config.train.layout != "padded":
+            policy.check_packing()
     check_workspace(config, model, world.device)
     task = build_task(config, rows, tokenizer, scorer)
     check_prompts(task)

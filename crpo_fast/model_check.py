@@ -1,0 +1,208 @@
+"""What the fused loss and packed rows take for granted of a model, compared with its own numbers.
+
+    logits = softcap(scale * (hidden W^T + bias))      hidden: what the decoder returns, W: the head
+    packed   no sequence of a row sees another one
+
+The config says scale and cap under many names, and a model may do more than its config says. So
+``head_options`` runs the model's own way from hidden states to logits and compares: four random
+states stand for the decoder, no layer runs. ``check_packing`` costs two forwards of a few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from crpo_fast.packing import MicroBatch, Sequence, pack
+
+__all__ = ["UnsupportedModelError", "check_packing", "head_options"]
+
+_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_LARGEST = (0.5, 5.0, 40.0, 200.0)  # largest logit of each random state, before any soft cap
+_FORMULA = "logits = softcap(scale * (hidden @ weight.T + bias))"
+_ADVICE = "Train a model with such a head, or compute its loss from its own logits."
+
+
+class UnsupportedModelError(ValueError):
+    """The model does something that the fused loss, or a packed row, does not know."""
+
+
+class _States(BaseModelOutputWithPast):
+    """Hidden states alone; a model that asks for anything else gets None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def head_options(model: PreTrainedModel) -> dict[str, float]:
+    """Logit scale and softcap of the model under the fused loss's names, compared with its logits.
+
+    Call it before the model is sharded. Weights without numbers (meta, fake) are not compared.
+
+    Args:
+        model: a causal LM of transformers. Its forward runs once, with random hidden states [1, 4,
+            D] in place of its decoder; at the end the model is as it was.
+
+    Returns:
+        ``logit_scale`` and ``logit_softcap``, where the model has them.
+
+    Raises:
+        UnsupportedModelError: from hidden states to logits the model does anything else.
+    """
+    kind, config = type(model).__name__, model.config
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(
+            f"model: expected a model of text alone, got {kind}, whose decoder is one part of it. "
+            "Export that part: <its ...ForCausalLM class>.from_pretrained(<folder>)"
+            ".save_pretrained(<new folder>)."
+        )
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(
+            f"model: expected an nn.Linear output head, got {type(head).__name__} in {kind}. "
+            f"The fused loss needs {_FORMULA}. {_ADVICE}"
+        )
+    options = _configured(config)
+    if not (head.weight.is_meta or isinstance(head.weight, FakeTensor)):
+        _compare(model, head, options)
+    return options
+
+
+def _configured(config: Any) -> dict[str, float]:
+    options, scale = {}, 1.0
+    if getattr(config, "final_logit_softcapping", None):
+        options["logit_softcap"] = float(config.final_logit_softcapping)
+    for name in _FACTORS:
+        scale *= float(getattr(config, name, None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    if scale != 1.0:
+        options["logit_scale"] = scale
+    return options
+
+
+@torch.no_grad()
+def _compare(model: Any, head: nn.Linear, options: dict[str, float]) -> None:
+    """Refuse a model whose logits are others than those of ``options``."""
+    kind, weight = type(model).__name__, head.weight
+    if isinstance(weight, DTensor) or weight.numel() == 0:
+        raise UnsupportedModelError(
+            f"model: expected whole weights to compare its logits with, got {kind} already "
+            "sharded. Call head_options before the model is sharded."
+        )
+    scale, cap = options.get("logit_scale", 1.0), options.get("logit_softcap")
+    noise = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden = noise.to(weight)  # [4, D]
+    logits = linear(hidden, weight).float() * scale  # [4, V]
+    largest = logits.abs().amax(1, keepdim=True).clamp(min=1e-6)  # [4, 1]
+    hidden = hidden * (largest.new_tensor(_LARGEST)[:, None] / largest).to(weight)
+    expected = linear(hidden, weight, head.bias).double() * scale  # [4, V]
+    if cap is not None:
+        expected = cap * (expected / cap).tanh()
+    found = _own_logits(model, hidden).double()
+    difference = f"logits of shape {list(found.shape[1:])} instead of {list(expected.shape[1:])}"
+    if found.shape == expected.shape:
+        errors = (found - expected).abs().amax(1) / expected.abs().amax(1)  # [4]
+        limit = 2e-2 if weight.dtype.itemsize == 2 else 1e-3
+        if bool((errors <= limit).all()):
+            return
+        row = int(errors.nan_to_num(nan=torch.inf).argmax())
+        ratio = float((found[row] * expected[row]).sum() / expected[row].square().sum())
+        difference = (
+            f"other ones: of logits up to {float(expected[row].abs().max()):.3g} by this formula "
+            f"its own differ by up to {float((found[row] - expected[row]).abs().max()):.3g} (they "
+            f"are {ratio:.3g} times as large)"
+        )
+    raise UnsupportedModelError(
+        f"model: expected {_FORMULA} with {_values(options, head)}, as its config says, got "
+        f"{difference} from {kind}.forward. {_ADVICE}"
+    )
+
+
+def _values(options: dict[str, float], head: nn.Linear) -> str:
+    cap = f"cap {options['logit_softcap']:g}" if "logit_softcap" in options else "no cap"
+    bias = "no bias" if head.bias is None else "a bias"
+    return f"scale {options.get('logit_scale', 1.0):g}, {cap}, {bias}"
+
+
+def _own_logits(model: Any, hidden: Tensor) -> Tensor:  # [n, D] -> [n, V]
+    """What the model's forward makes of hidden states that its decoder is said to have returned."""
+    kind, decoder = type(model).__name__, model.base_model
+    ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+    if decoder is model:
+        raise UnsupportedModelError(
+            f"model: expected a decoder under {kind}.{model.base_model_prefix}, got none. {_ADVICE}"
+        )
+    try:
+        with _returning(decoder, hidden[None]) as calls:
+            logits = model(input_ids=ids, use_cache=False).logits
+    except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"model: expected logits made of the decoder's last_hidden_state alone, but "
+            f"{kind}.forward failed on it: {error} {_ADVICE}"
+        ) from error
+    if len(calls) != 1:
+        raise UnsupportedModelError(
+            f"model: expected {kind}.forward to call {model.base_model_prefix} once, got "
+            f"{len(calls)} calls. {_ADVICE}"
+        )
+    return logits[0]
+
+
+@contextmanager
+def _returning(decoder: Any, hidden: Tensor) -> Iterator[list[None]]:
+    """Inside, ``decoder`` returns ``hidden`` [1, n, D]; every call adds to the list."""
+    own, calls = vars(decoder).get("forward"), []
+
+    def forward(*_: Any, **__: Any) -> _States:
+        calls.append(None)
+        return _States(last_hidden_state=hidden)
+
+    decoder.forward = forward
+    try:
+        yield calls
+    finally:
+        if own is None:
+            del decoder.forward
+        else:
+            decoder.forward = own
+
+
+@torch.no_grad()
+def check_packing(policy: Callable[[MicroBatch, Callable[..., Tensor]], Tensor], kind: str) -> None:
+    """Refuse a decoder in which a packed sequence sees the one before it.
+
+    Two sequences in one row, twice: other tokens in the first must leave the hidden states of the
+    second as they are. Recurrent layers, and attention that no position ids reach, fail.
+
+    Args:
+        policy: ``policy(batch, compute)`` calls ``compute(hidden [R, D], weight, ...)``. Sharded
+            ones make collectives in it.
+        kind: what the model is called in the message.
+
+    Raises:
+        UnsupportedModelError: the second sequence changed, with how much.
+    """
+    last = Sequence([5], [6, 7, 8], [-1] * 3)
+    states = []
+    for ids in ([1, 2, 3, 4], [4, 6, 5, 2]):
+        first = Sequence(ids[:1], ids[1:], [-1] * 3)
+        (batch,) = pack([first, last], 8)
+        states.append(policy(batch, lambda hidden, *_, **__: hidden)[3:].double())  # [3, D]
+    moved = float((states[1] - states[0]).norm() / states[0].norm())
+    if not moved <= 1e-2:  # NaN is refused, too
+        raise UnsupportedModelError(
+            f"train.layout: expected a model whose packed sequences do not see each other, got "
+            f"{kind}: other tokens in the first of two moved the second one's hidden states by "
+            f"{moved:.0%} (rms). Type --train.layout padded."
+        )

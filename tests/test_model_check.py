@@ -1,0 +1,157 @@
+"""Heads and decoders that the fused loss does not know are refused, each with its reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gemma3 import Gemma3Config, Gemma3ForConditionalGeneration
+
+from architecture_cases import SIZES, make
+from crpo_fast import policy as policies
+from crpo_fast.attention import SDPA_PACKED
+from crpo_fast.distributed import World
+from crpo_fast.model_check import UnsupportedModelError, head_options
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def logits_through(change: Callable[[Tensor], Tensor]) -> Any:
+    """A llama whose forward does something to its logits."""
+    model = make("llama")
+    plain = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = forward
+    return model
+
+
+def with_head(change: Callable[[Any], nn.Module]) -> Any:
+    model = make("llama")
+    model.lm_head = change(model.lm_head)
+    return model
+
+
+class NormalisedHead(nn.Linear):
+    """Rows of the weight have length 1, as in Baichuan 2."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, nn.functional.normalize(self.weight))
+
+
+def normalised(head: nn.Linear) -> nn.Module:
+    other = NormalisedHead(head.in_features, head.out_features, bias=False, dtype=head.weight.dtype)
+    other.weight = head.weight
+    return other
+
+
+def renamed() -> Any:
+    """A cap under a name that the config of no known model has."""
+    model = logits_through(lambda logits: 30.0 * (logits / 30.0).tanh())
+    model.config.lm_head_soft_limit = 30.0
+    return model
+
+
+def wrong_config(name: str, **changes: float) -> Any:
+    """The forward took its numbers when it was built, and the config says others."""
+    model = make(name)
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    return model
+
+
+def between() -> Any:
+    """One more norm between decoder and head, which the decoder's class does not have."""
+    model = make("llama")
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (2.0 * inputs[0].tanh(),))
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "scaled": (
+        lambda: logits_through(lambda x: 0.5 * x),
+        r"scale 1, no cap, no bias.*differ by up to .*\(they are 0\.5 times as large\)",
+    ),
+    "renamed cap": (renamed, r"other ones: of logits up to 200 .*differ by up to 170"),
+    "biased by id": (lambda: logits_through(lambda x: x + torch.arange(300.0)), "differ by up to"),
+    "shorter": (
+        lambda: logits_through(lambda x: x[..., :280]),
+        r"logits of shape \[280\] instead of \[300\] from LlamaForCausalLM\.forward",
+    ),
+    "not finite": (lambda: logits_through(lambda x: x * torch.nan), "differ by up to nan"),
+    "other scale": (lambda: wrong_config("cohere", logit_scale=1.5), r"scale 1\.5.*2 times as"),
+    "other name": (lambda: wrong_config("llama", logits_scaling=2.0), r"scale 0\.5.*2 times as"),
+    "other cap": (lambda: wrong_config("phi", final_logit_softcapping=9.0), r"cap 9, a bias"),
+    "normalised": (lambda: with_head(normalised), "times as large"),
+    "between": (between, "differ by up to"),
+    "two layers": (
+        lambda: with_head(lambda head: nn.Sequential(nn.Identity(), head)),
+        "expected an nn.Linear output head, got Sequential in LlamaForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_head_that_does_something_unknown_is_refused(
+    build: Callable[[], Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        policies.create(build(), ALONE, compute_dtype=torch.float64)
+
+
+def test_the_check_leaves_the_model_as_it_was() -> None:
+    model = make("gemma2")
+    ids = torch.arange(9)[None]
+    before, state = model(ids).logits, copy.deepcopy(model.state_dict())
+    assert head_options(model) == {"logit_softcap": 1.5}
+    assert torch.equal(model(ids).logits, before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert "forward" not in vars(model.model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["phi", "gemma2", "granite"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounded_weights_pass_and_are_still_compared(name: str, dtype: torch.dtype) -> None:
+    head_options(make(name, dtype))
+    model = make(name, dtype)
+    model.lm_head.register_forward_hook(lambda *inputs: 1.1 * inputs[2])
+    with pytest.raises(UnsupportedModelError, match="times as large"):
+        head_options(model)
+
+
+def test_weights_without_numbers_are_not_compared() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("cohere", **SIZES))
+    assert head_options(model) == {"logit_scale": model.config.logit_scale}
+
+
+def test_a_model_of_images_and_text_is_refused() -> None:
+    text = {**SIZES, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "num_attention_heads": 2})
+    model = Gemma3ForConditionalGeneration(config)
+    with pytest.raises(UnsupportedModelError, match=r"text alone, got Gemma3ForConditionalGener"):
+        head_options(model)
+
+
+def test_a_decoder_without_position_ids_in_its_attention_is_refused_for_packed_rows() -> None:
+    """Persimmon's attention never learns where a packed sequence begins."""
+    config = AutoConfig.for_model("persimmon", **SIZES)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=SDPA_PACKED)
+    policy = policies.create(model, ALONE, compute_dtype=torch.float32)
+    reason = r"train\.layout: .* got PersimmonForCausalLM: .* by \d+% .*--train\.layout padded"
+    with pytest.raises(UnsupportedModelError, match=reason):
+        policy.check_packing()
+    assert policy.model.training
