@@ -62,7 +62,8 @@ def choose_attention(
         return name, reason
     if getattr(model_config, "attn_logit_softcapping", None):
         return PACKED_SOFTCAP, "plain products, as sdpa has no soft cap of scores"
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._supports_sdpa:
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    if not getattr(architecture, "_supports_sdpa", True):
         return "eager", f"sdpa cannot serve {model_config.model_type} in transformers"
     return name, reason
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from architecture_cases import ARCHITECTURES, make
@@ -20,10 +21,13 @@ from crpo_fast.distributed import World
 from crpo_fast.models import export_model, load_model, train_tokenizer
 from crpo_fast.packing import Sequence, pack
 from crpo_fast.policy import Policy
+from crpo_fast.rollout import RolloutError
+from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.static import StaticEngine
 from crpo_fast.step import accumulate, micro_batches
 from layout_cases import Case, old_logprobs
 from layout_reference import expect
+from layout_worker import whole
 
 CASE = Case(
     *("bnpo", "clip_old", "sequence_mean", "k3"), tied=True, layout="packed",
@@ -140,3 +144,33 @@ def test_an_export_is_the_same_model_in_transformers(
     assert again.config._attn_implementation == model.config._attn_implementation
     tied = [m.lm_head.weight is m.get_input_embeddings().weight for m in (model, loaded, again)]
     assert tied == [model.config.tie_word_embeddings] * 3
+
+
+@every
+def test_a_sharded_policy_that_casts_has_the_same_gradients(name: str, alone: World) -> None:
+    """FSDP2 units around every architecture's blocks, norm and head: fp64 masters, fp32 compute."""
+    sequences = CASE.sequences()
+    spec = replace(CASE, objective="clip", kl="none").spec
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        policy = policies.create(make(name), alone, compute_dtype=dtype)
+        batches = micro_batches(sequences, spec, policy, token_budget=100, layout="packed")
+        accumulate(policy, batches, spec)
+        gradients.append({n: whole(p.grad) for n, p in policy.model.named_parameters()})
+    assert isinstance(policy.model.lm_head.weight, DTensor)
+    exact, cast = gradients
+    assert all(relative(cast[key], exact[key]) < 1e-4 for key in exact)
+
+
+def test_a_frozen_head_keeps_its_bias(alone: World) -> None:
+    model = make("phi")
+    policy = policies.create(model, alone, compute_dtype=torch.float64, freeze_head=True)
+    assert {n for n, p in policy.model.named_parameters() if not p.requires_grad} == {
+        "lm_head.weight",
+        "lm_head.bias",
+    }
+
+
+def test_paged_generation_is_refused_where_it_has_no_soft_cap() -> None:
+    with pytest.raises(RolloutError, match=r"has none\. Type --rollout\.engine static"):
+        HFEngine(make("gemma2"))

@@ -44,8 +44,8 @@ def with_head(change: Callable[[Any], nn.Module]) -> Any:
 class NormalisedHead(nn.Linear):
     """Rows of the weight have length 1, as in Baichuan 2."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, nn.functional.normalize(self.weight))
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, nn.functional.normalize(self.weight))
 
 
 def normalised(head: nn.Linear) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from crpo_fast.attention import SDPA_PACKED
+from crpo_fast.attention import PACKED_SOFTCAP, SDPA_PACKED
 from crpo_fast.batch import SamplingParams
 from crpo_fast.rollout import RolloutError
 from crpo_fast.rollout.embedded import Completion, EmbeddedEngine
@@ -51,6 +51,11 @@ class HFEngine(EmbeddedEngine):
         gathered: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__(model, autocast=autocast, gathered=gathered)
+        if self._model.config._attn_implementation == PACKED_SOFTCAP:
+            raise RolloutError(
+                "rollout.engine: expected static for a model with a soft cap of attention scores, "
+                "got hf, whose paged attention has none. Type --rollout.engine static."
+            )
         on_cpu = self._model.device.type == "cpu"
         self._max_batch_tokens = max_batch_tokens or (1024 if on_cpu else None)
         self._page_size = page_size or self.default_page_size("cpu" if on_cpu else "cuda")
