@@ -32,7 +32,7 @@ triton_tools.import_interpreted()
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_WORKERS = 8  # the longest file alone takes a seventh of the whole
-WORKER_BYTES = 3 << 30  # a worker and the two to four ranks that one of its tests may start
+WORKER_BYTES = 2 << 30  # a worker and the two to four ranks that one of its tests may start
 skip_counts: Counter[str] = Counter()
 
 
