@@ -94,8 +94,8 @@ def linear_logprobs(
 
     ``head_dtype=torch.float8_e4m3fn`` scores with weight and hidden rounded to eight bits, each row
     by its own scale (`quantised`): approximate logprobs, to be compared with exact ones before they
-    are trusted. Each call quantises the weight, which is read once more for it; the fused kernel
-    gets a copy of V D bytes, which is no part of ``workspace_bytes``.
+    are trusted. Each call quantises the weight anew (the chunk loop: each chunk of rows); the fused
+    kernel gets a copy of V D bytes, which is no part of ``workspace_bytes``.
 
     Returns:
         `Logprobs` of ``[T]`` in nats, differentiable once in hidden, weight, bias, A and B through

@@ -8,8 +8,8 @@ by block (exactly: bf16 and fp32 hold every e4m3), so all backends score the sam
 
 Nothing is kept between calls. A tensor's version counter does not tell that its values are those of
 the last call (FSDP's all-gather and writes through ``.data`` leave it as it is), so each call
-quantises the weight anew: V D elements read and, for the kernel, V D bytes written, which is worth
-it for many rows alone.
+quantises the weight anew, the chunk loop even for each chunk, as it holds no copy of the weight:
+V D elements read and, for the kernel, V D bytes written, which is worth it for many rows alone.
 """
 
 from __future__ import annotations
