@@ -7,38 +7,20 @@ mathematics are compared with torch in any case.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import transformers
 
-from benchmarks.losses.peers.verl import bare_packages
 from crpo_kernels.integrations import verl
 from model_cases import SIZES
 from numerics import assert_near
+from verl_parts import their
 
 B, S, D, V = 3, 7, 16, 53
 HEAD = ("hidden_states", "vocab_weights", "input_ids", "temperature")
-
-
-def their(module: str) -> ModuleType:
-    """A module of verl without what its packages' `__init__` import (Ray, a server)."""
-    if "verl" not in sys.modules and importlib.util.find_spec("verl") is None:
-        pytest.skip("verl is not installed: pip install --no-deps verl==0.9.1")
-    bare_packages()
-    parts = module.split(".")
-    for end in range(2, len(parts)):
-        name = ".".join(parts[:end])
-        if name not in sys.modules:
-            package = ModuleType(name)
-            package.__path__ = [str(Path(sys.modules["verl"].__path__[0], *parts[1:end]))]
-            sys.modules[name] = package
-    return importlib.import_module(module)
 
 
 @pytest.fixture
