@@ -22,20 +22,23 @@ from torch import nn
 from crpo_fast.integrations.causal_lm import add_fused_head
 from crpo_fast.policy import UnsupportedModelError
 from wrapper_cases import (
+    SIZES,
     fused_loss,
     largest_error,
     make_batch,
     make_model,
     plain_loss,
     step,
+    trained_by_trainer,
 )
 
 WORKER = Path(__file__).with_name("wrapper_worker.py")
 RANKS = (
-    *("ddp", "ddp_tied", "ddp_accumulated", "ddp_compiled"),
+    *("ddp", "ddp_tied", "ddp_accumulated", "ddp_compiled", "ddp_peft", "trainer"),
     *("fsdp1_flat", "fsdp1_blocks_tied", "fsdp1_a_unit_of_the_head"),
+    "fsdp1_a_unit_of_a_tied_embedding_is_refused",
     *("fsdp2_blocks_tied", "fsdp2_a_unit_of_the_head", "fsdp2_checkpointed"),
-    *("fsdp2_accumulated", "fsdp2_compiled", "fsdp2_keeps_the_vectors_in_fp32"),
+    *("fsdp2_accumulated", "fsdp2_keeps_the_vectors_in_fp32"),
     *("fsdp2_a_weight_from_outside_is_refused", "deepspeed_zero2"),
 )
 
@@ -162,31 +165,39 @@ def test_dropout_of_the_heads_adapter_is_refused():
 
 def test_transformers_trainer_with_accumulation(tmp_path):
     """Two micro-batches of one step; the Trainer divides nothing."""
-    model, plain, batch = add_fused_head(make_model()), make_model(), make_batch()
+    plain, batch = make_model(), make_batch()
     truth = step(plain, plain_loss(plain, batch))
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-
-    class Trainer(transformers.Trainer):
-        loss_is_scaled_for_ga = True
-
-        def compute_loss(self, model, inputs, **_):
-            return fused_loss(model, inputs)
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        max_steps=1, remove_unused_columns=False, report_to=[], use_cpu=True, max_grad_norm=0.0,
-        disable_tqdm=True, save_strategy="no",
-    )  # fmt: skip
-    rows = [{name: value[i] for name, value in batch.items()} for i in range(len(batch["labels"]))]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    trainer = Trainer(
-        model, arguments, train_dataset=rows, optimizers=(optimizer, constant),
-        data_collator=lambda part: {k: torch.stack([row[k] for row in part]) for k in part[0]},
-    )  # fmt: skip
-    trainer.train()
-    lost = {name: before[name] - value.detach() for name, value in model.named_parameters()}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    lost = trained_by_trainer(batch, str(tmp_path), 1, **options)
     assert largest_error(lost, truth) < 1e-11
+
+
+SCALED = {
+    "Gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8},
+    "Granite": {"logits_scaling": 0.4},
+    "Cohere": {"logit_scale": 0.3},
+    "Phi": {},  # its head has a bias
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scale_cap_and_bias_of_the_model_are_in_the_loss(name):
+    config = getattr(transformers, f"{name}Config").from_dict(
+        {
+            **SIZES,
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            **SCALED[name],
+        }
+    )
+    torch.manual_seed(4)
+    plain = getattr(transformers, f"{name}ForCausalLM")(config).double()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = add_fused_head(copy.deepcopy(plain))
+    assert_equal(model, model, plain, 1e-6)  # a model may cap in fp32
 
 
 def test_mistakes():

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from crpo_fast.integrations.causal_lm import HeadFunction
+from crpo_fast.integrations.causal_lm import HeadFunction, add_fused_head
 from crpo_kernels import (
     IGNORE_INDEX,
     ObjectiveSpec,
@@ -123,6 +123,31 @@ def step(model: Any, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
     return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_by_trainer(batch: Batch, folder: str, ranks: int, **options: Any) -> dict[str, Tensor]:
+    """What one SGD step of rate 1 takes from the parameters, in transformers' Trainer."""
+
+    class FusedTrainer(Trainer):
+        loss_is_scaled_for_ga = True  # divide nothing
+
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+            return fused_loss(model, part(inputs, 0, 1, times=ranks))
+
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=1, remove_unused_columns=False, report_to=[], use_cpu=True,
+        max_grad_norm=0.0, disable_tqdm=True, save_strategy="no", **options,
+    )  # fmt: skip
+    model = add_fused_head(make_model())
+    before = trained(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(NUM_SEQUENCES)]
+    FusedTrainer(
+        model, arguments, train_dataset=rows, optimizers=(optimizer, constant),
+        data_collator=lambda some: {k: torch.stack([row[k] for row in some]) for k in some[0]},
+    ).train()  # fmt: skip
+    return {name: before[name] - value for name, value in trained(model).items()}
 
 
 def largest_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:

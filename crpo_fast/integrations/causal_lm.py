@@ -79,9 +79,18 @@ def add_fused_head(model: Any) -> Any:
 def _head_forward(
     self: nn.Linear, hidden: Tensor, head: HeadFunction | None = None, options: Any = None
 ) -> Any:
-    """The head's forward: logits, or ``head`` of the weight that its wrapper made whole."""
+    """The head's forward: logits, or ``head`` of the weight that its wrapper made whole.
+
+    Raises:
+        ValueError: no wrapper did.
+    """
     if head is None:
         return type(self).forward(self, hidden)
+    if self.weight.dim() != 2:
+        raise ValueError(
+            f"model: expected a whole head [V, D], got a shard of {list(self.weight.shape)}. A "
+            "tied embedding must not be an FSDP1 unit of its own: wrap the blocks alone."
+        )
     bias = {} if self.bias is None else {"bias": self.bias}
     return head(hidden, self.weight, **bias, **options)
 
