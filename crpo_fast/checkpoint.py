@@ -103,7 +103,7 @@ def save(
     """
     target = folder / f"step_{progress.step}"
     weights = distributed.model_state(model)
-    if _tied(model, weights):  # gathered from several ranks the pair is no longer one tensor
+    if _tied(model):  # gathered from several ranks the pair is no longer one tensor
         weights.pop("lm_head.weight", None)
     state = distributed.optimizer_state(model, optimizer)
     failure = veto
@@ -220,17 +220,19 @@ def load_model(path: Path, model: nn.Module) -> None:
         CheckpointError: they are of another model.
     """
     weights = load_file(path / files.MODEL)
-    for embedding in _tied(model, weights):
+    for embedding in _tied(model):
         weights["lm_head.weight"] = weights[embedding]
     expected = {name: value.shape for name, value in model.state_dict().items()}
     files.check_tensors(path, files.MODEL, weights, expected)
     distributed.load_model_state(model, weights)
 
 
-def _tied(model: Any, weights: dict[str, Tensor]) -> list[str]:
+def _tied(model: Any) -> list[str]:
     """Name of the embedding that is the head as well, if that is so."""
-    is_tied = getattr(model.config, "tie_word_embeddings", False)
-    return [n for n in weights if n.endswith("embed_tokens.weight")] if is_tied else []
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return []
+    embedding = model.get_input_embeddings().weight
+    return [name for name, parameter in model.named_parameters() if parameter is embedding]
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -222,7 +222,7 @@ def shard(
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=params.dtype)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     reshards = world.size > 1
-    for block in model.base_model.layers:
+    for block in _blocks(model.base_model):
         _unit(block, reshards, mesh=mesh, mp_policy=policy)
     if head.weight is not embedding.weight:
         _unit(embedding, reshards, mesh=mesh, mp_policy=policy)
@@ -233,6 +233,17 @@ def shard(
     _unit(model, False, mesh=mesh, mp_policy=policy)
     for method in methods:
         register_fsdp_forward_method(model, method)
+
+
+def _blocks(decoder: nn.Module) -> nn.ModuleList:
+    """The decoder's list of blocks, whatever its name is."""
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    if not lists:
+        raise ConfigError(
+            f"model: expected a list of blocks to shard, got {type(decoder).__name__} without "
+            "one. Train it on one rank in its own dtype: --model.compute_dtype float32."
+        )
+    return max(lists, key=len)
 
 
 def _final_norm(decoder: Any) -> list[Any]:

@@ -64,8 +64,7 @@ def head_options(model: PreTrainedModel) -> dict[str, float]:
     if config.get_text_config() is not config:
         raise UnsupportedModelError(
             f"model: expected a model of text alone, got {kind}, whose decoder is one part of it. "
-            "Export that part: <its ...ForCausalLM class>.from_pretrained(<folder>)"
-            ".save_pretrained(<new folder>)."
+            "Save that part as a model of its own: four lines in docs/integrations.md, Models."
         )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -198,11 +197,12 @@ def check_packing(policy: Callable[[MicroBatch, Callable[..., Tensor]], Tensor],
     for ids in ([1, 2, 3, 4], [4, 6, 5, 2]):
         first = Sequence(ids[:1], ids[1:], [-1] * 3)
         (batch,) = pack([first, last], 8)
-        states.append(policy(batch, lambda hidden, *_, **__: hidden)[3:].double())  # [3, D]
-    moved = float((states[1] - states[0]).norm() / states[0].norm())
-    if not moved <= 1e-2:  # NaN is refused, too
+        states.append(policy(batch, lambda hidden, *_, **__: hidden)[3:])  # [3, D]
+    moved = float((states[1] - states[0]).double().norm() / states[0].double().norm())
+    # the same shapes twice: 0 but for experts, whose groups of rows change (1e-10 in fp32)
+    if not moved <= (1e-3 if states[0].dtype.itemsize == 2 else 1e-5):  # NaN is refused, too
         raise UnsupportedModelError(
             f"train.layout: expected a model whose packed sequences do not see each other, got "
             f"{kind}: other tokens in the first of two moved the second one's hidden states by "
-            f"{moved:.0%} (rms). Type --train.layout padded."
+            f"{moved:.2%} (rms). Type --train.layout padded."
         )

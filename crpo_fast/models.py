@@ -205,7 +205,7 @@ def export_model(
     folder = Path(folder)
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     if model.config.tie_word_embeddings:
-        _drop_tied_head(weights)
+        _drop_tied_head(weights, model)
     if dtype is not None:
         weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
     stored = next(iter(weights.values())).dtype
@@ -224,9 +224,10 @@ def export_model(
     return folder
 
 
-def _drop_tied_head(weights: dict[str, Tensor]) -> None:
+def _drop_tied_head(weights: dict[str, Tensor], model: Any) -> None:
     """Removes the head's copy of the embedding; loaded back, a pair would no longer be tied."""
-    name = next(key for key in weights if key.endswith("embed_tokens.weight"))
+    embedding = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, weights[name]):
         raise ModelError(

@@ -61,6 +61,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("olmo3", MIXED),
     "granite": ("granite", {**TIED, **MULTIPLIERS}),
     "cohere": ("cohere", {**TIED, "logit_scale": 3.0}),
+    "gpt2": ("gpt2", {**TIED, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "cohere2": ("cohere2", {**TIED, **MIXED, "logit_scale": 0.5}),
 }
 

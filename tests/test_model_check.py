@@ -135,13 +135,20 @@ def test_weights_without_numbers_are_not_compared() -> None:
     assert head_options(model) == {"logit_scale": model.config.logit_scale}
 
 
-def test_a_model_of_images_and_text_is_refused() -> None:
+def test_a_model_of_images_and_text_is_refused_and_its_decoder_taken() -> None:
+    """With the lines of docs/integrations.md."""
     text = {**SIZES, "head_dim": 8}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28}
     config = Gemma3Config(text_config=text, vision_config={**vision, "num_attention_heads": 2})
-    model = Gemma3ForConditionalGeneration(config)
-    with pytest.raises(UnsupportedModelError, match=r"text alone, got Gemma3ForConditionalGener"):
-        head_options(model)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    with pytest.raises(UnsupportedModelError, match=r"text alone, got Gemma3ForCond.*docs/integr"):
+        head_options(whole)
+    alone: Any = AutoModelForCausalLM.from_config(whole.config.get_text_config()).eval()
+    alone.base_model.load_state_dict(whole.get_decoder().state_dict())
+    alone.lm_head.load_state_dict(whole.get_output_embeddings().state_dict())
+    ids = torch.arange(9)[None]
+    assert torch.equal(alone(ids).logits, whole(ids).logits)
+    assert head_options(alone) == {}
 
 
 def test_a_decoder_without_position_ids_in_its_attention_is_refused_for_packed_rows() -> None:
@@ -151,7 +158,7 @@ def test_a_decoder_without_position_ids_in_its_attention_is_refused_for_packed_r
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=SDPA_PACKED)
     policy = policies.create(model, ALONE, compute_dtype=torch.float32)
-    reason = r"train\.layout: .* got PersimmonForCausalLM: .* by \d+% .*--train\.layout padded"
+    reason = r"train\.layout: .* got PersimmonForCausalLM: .* by \d+\.\d+% .*--train\.layout padded"
     with pytest.raises(UnsupportedModelError, match=reason):
         policy.check_packing()
     assert policy.model.training
