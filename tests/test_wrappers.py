@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ from wrapper_cases import (
     trained_by_trainer,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("wrapper_worker.py")
 RANKS = (
     *("ddp", "ddp_tied", "ddp_accumulated", "ddp_compiled", "ddp_peft", "trainer"),
@@ -39,7 +41,7 @@ RANKS = (
     "fsdp1_a_unit_of_a_tied_embedding_is_refused",
     *("fsdp2_blocks_tied", "fsdp2_a_unit_of_the_head", "fsdp2_checkpointed"),
     *("fsdp2_accumulated", "fsdp2_keeps_the_vectors_in_fp32"),
-    *("fsdp2_a_weight_from_outside_is_refused", "deepspeed_zero2"),
+    *("fsdp2_a_weight_from_outside_is_refused", "deepspeed_zero2", "deepspeed_zero3"),
 )
 
 
@@ -51,10 +53,31 @@ def assert_equal(model, wrapped, plain, tolerance=1e-11):
     assert largest_error(step(model, got), step(plain, want)) < tolerance
 
 
+@torch.no_grad()
+def own_logprobs(model, batch):
+    """Of the labels, from all logits."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"].clamp(min=0).unsqueeze(-1)
+    return logits.log_softmax(-1).gather(-1, labels).squeeze(-1)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_alone(tied):
     model = add_fused_head(make_model(tied))
     assert_equal(model, model, make_model(tied))
+
+
+def test_the_lines_of_the_page():
+    """docs/integrations.md, plain torch, as they stand there."""
+    page = (ROOT / "docs" / "integrations.md").read_text("utf-8")
+    block = re.search(r"^## Plain torch\n```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    batch, model, plain = make_batch(), make_model(), make_model()
+    given = {**batch, "model": model}
+    exec(block[1], given)
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    batch["old_logprobs"] = own_logprobs(plain, batch)  # on-policy: no others were given
+    assert largest_error(found, step(plain, plain_loss(plain, batch))) < 1e-11
 
 
 def test_compiled_in_one_graph(forget_graphs):
@@ -84,10 +107,7 @@ def test_accumulation_of_uneven_parts():
 def test_autocast():
     """As near to fp64 as the loss from logits under the same autocast; no ratio near a clip."""
     errors, exact, batch = [], make_model(), make_batch()
-    with torch.no_grad():
-        logits = exact(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    log_p = logits.log_softmax(-1)
-    batch["old_logprobs"] = log_p.gather(-1, batch["labels"].clamp(min=0)[..., None])[..., 0]
+    batch["old_logprobs"] = own_logprobs(exact, batch)
     truth = step(exact, plain_loss(exact, batch))
     batch = {name: v.float() if v.is_floating_point() else v for name, v in batch.items()}
     for loss_of in (plain_loss, fused_loss):

@@ -235,8 +235,7 @@ def trainer() -> dict[str, float]:
     return {"gradients": largest_error(lost, truth)}
 
 
-@case
-def deepspeed_zero2() -> dict[str, float]:
+def deepspeed(stage: int) -> dict[str, float]:
     """Two micro-batches, in fp32, as ZeRO has no fp64."""
     import deepspeed
     from deepspeed.ops import __compatible_ops__
@@ -249,7 +248,7 @@ def deepspeed_zero2() -> dict[str, float]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -270,9 +269,19 @@ def deepspeed_zero2() -> dict[str, float]:
     return {"loss": loss_error, "gradients": largest_error(found, truth)}
 
 
+@case
+def deepspeed_zero2() -> dict[str, float]:
+    return deepspeed(stage=2)
+
+
+@case
+def deepspeed_zero3() -> dict[str, float]:
+    return deepspeed(stage=3)
+
+
 def why_not(name: str) -> str | None:
     """Why a case cannot run here."""
-    needed = {"deepspeed_zero2": "deepspeed", "ddp_peft": "peft"}.get(name)
+    needed = next((package for package in ("deepspeed", "peft") if package in name), None)
     is_missing = needed is not None and importlib.util.find_spec(needed) is None
     return f"{needed} is not installed" if is_missing else None
 
