@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from crpo_fast import checkpoint_files as files
-from crpo_fast import distributed
+from crpo_fast import distributed, lora
 from crpo_fast.checkpoint_files import CheckpointError as CheckpointError
 from crpo_fast.console import notice
 from crpo_fast.distributed import World
@@ -102,7 +102,8 @@ def save(
         SaveError: on all ranks; what was begun is removed, earlier checkpoints are as they were.
     """
     target = folder / f"step_{progress.step}"
-    weights = distributed.model_state(model)
+    is_adapted = lora.settings_of(model) is not None
+    weights = lora.stored(model, distributed.model_state(model, trained_only=is_adapted))
     if _tied(model):  # gathered from several ranks the pair is no longer one tensor
         weights.pop("lm_head.weight", None)
     state = distributed.optimizer_state(model, optimizer)
@@ -219,17 +220,18 @@ def load_model(path: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: they are of another model.
     """
-    weights = load_file(path / files.MODEL)
+    weights, own = load_file(path / files.MODEL), lora.stored(model, model.state_dict())
     for embedding in _tied(model):
         weights["lm_head.weight"] = weights[embedding]
-    expected = {name: value.shape for name, value in model.state_dict().items()}
+    expected = {name: value.shape for name, value in own.items()}
     files.check_tensors(path, files.MODEL, weights, expected)
-    distributed.load_model_state(model, weights)
+    distributed.load_model_state(model, weights, strict=lora.settings_of(model) is None)
 
 
 def _tied(model: Any) -> list[str]:
-    """Name of the embedding that is the head as well, if that is so."""
-    if not getattr(model.config, "tie_word_embeddings", False):
+    """Name of the embedding that is the head as well, if that is so and the weights are stored."""
+    is_tied = getattr(model.config, "tie_word_embeddings", False)
+    if not is_tied or lora.settings_of(model) is not None:
         return []
     embedding = model.get_input_embeddings().weight
     return [name for name, parameter in model.named_parameters() if parameter is embedding]

@@ -62,6 +62,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """LoRA through peft (docs/integrations.md): with a rank, adapters alone are trained.
+
+    The model without them is the KL reference, checkpoints hold them alone, and final/ has them
+    merged.
+    """
+
+    rank: int = 0  # r of every adapter; 0: no LoRA, the whole model is trained
+    alpha: float = 32.0  # updates are scaled by alpha / rank, > 0
+    dropout: float = 0.0  # of the adapters' input in training, in [0, 1)
+    targets: tuple[str, ...] = ()  # Linears of the blocks (q_proj, ...); empty: all of them
+    head: bool = False  # an adapter on lm_head, too; a tied one is untied in final/
+
+
+@dataclass(frozen=True)
 class SyntheticConfig:
     """The made-up corpus: rows per data set, and the annotator's bias (docs/data.md)."""
 
@@ -318,6 +333,7 @@ class Config:
     quiet: bool = False  # only warnings, errors and the closing lines
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     grammar: GrammarConfig = field(default_factory=GrammarConfig)
     stages: tuple[StageConfig, ...] = ()

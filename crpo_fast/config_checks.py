@@ -65,6 +65,7 @@ def check(config: Config) -> None:
     _choice("rollout.engine", config.rollout.engine, ("hf", "static"))
     if config.objective.aggregation is not None:
         _choice("objective.aggregation", config.objective.aggregation, AGGREGATIONS)
+    _check_lora(config)
     _check_checkpoint(config)
     _check_data(config)
     _check_rollout(config)
@@ -79,6 +80,29 @@ def _choice(name: str, value: str, valid: Sequence[str]) -> None:
         near = difflib.get_close_matches(value, valid, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name}: expected one of {', '.join(valid)}, got {value!r}.{hint}")
+
+
+def _check_lora(config: Config) -> None:
+    settings = config.lora
+    if not settings.rank:
+        for name, value in (("targets", settings.targets), ("head", settings.head)):
+            if value:
+                raise ConfigError(
+                    f"lora.{name}: expected a lora.rank above 0 with it, got lora.rank 0. Type "
+                    "--lora.rank 16."
+                )
+        return
+    if settings.head and settings.dropout:
+        raise ConfigError(
+            "lora.dropout: expected 0 with lora.head, got "
+            f"{settings.dropout}. The loss reads lm_head's adapter from the hidden states that "
+            "lm_head itself gets; type --lora.dropout 0, or --no-lora.head."
+        )
+    if config.model.freeze_head:
+        raise ConfigError(
+            "model.freeze_head: expected false with LoRA, which trains adapters alone, got true. "
+            "Type --no-model.freeze_head; lm_head has an adapter with --lora.head only."
+        )
 
 
 def _check_checkpoint(config: Config) -> None:

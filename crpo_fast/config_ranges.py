@@ -33,7 +33,7 @@ _NAMES: dict[Range, str] = {
     SEED: "seed",
     POSITIVE: """
         model.build.hidden_size model.build.num_layers model.build.num_heads
-        model.build.num_kv_heads model.build.intermediate_size model.build.vocab_size
+        lora.alpha model.build.num_kv_heads model.build.intermediate_size model.build.vocab_size
         data.synthetic.train data.synthetic.val data.synthetic.test data.synthetic.cold_start
         data.max_prompt_tokens entropy.reference_length rewards.timeout rewards.start_timeout
         objective.bnpo_group rollout.prompts_per_step rollout.max_tokens rollout.max_resamples
@@ -41,13 +41,14 @@ _NAMES: dict[Range, str] = {
         train.timeout eval.batch checkpoint.keep phases.steps phases.sequences_per_step
         """,
     NOT_NEGATIVE: """
-        rewards.workers rollout.top_k train.max_steps train.threads train.minibatches optim.lr
+        lora.rank rewards.workers rollout.top_k train.max_steps train.threads train.minibatches
+        optim.lr
         optim.weight_decay optim.warmup_steps eval.every eval.limit eval.max_tokens
         checkpoint.every report.trace_every report.trace_samples report.probe_every
         report.probe_prompts phases.lr phases.warmup_steps
         """,
     SHARE: "data.synthetic.bias data.synthetic.conflict rewards.max_error_rate",
-    MOMENTUM: "optim.betas",
+    MOMENTUM: "optim.betas lora.dropout",
     BOUND: "optim.max_grad_norm rollout.max_mismatch",
 }
 RANGES = {name: range_ for range_, names in _NAMES.items() for name in names.split()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import math
 import os
 import platform
@@ -323,9 +324,10 @@ _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _LOAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
     """Whole, unsharded weights on the CPU of rank 0 (empty on the others). A collective."""
-    state: dict[str, Any] = get_model_state_dict(model, options=_FULL)
+    options = dataclasses.replace(_FULL, ignore_frozen_params=trained_only)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
     return state
 
 
@@ -339,9 +341,9 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return get_optimizer_state_dict(model, optimizer, options=_FULL)
 
 
-def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """Every rank passes the whole state and keeps its shard."""
-    set_model_state_dict(model, state, options=_LOAD)
+def load_model_state(model: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
+    """Every rank passes the whole state (not ``strict``: a part) and keeps its shard."""
+    set_model_state_dict(model, state, options=dataclasses.replace(_LOAD, strict=strict))
 
 
 def load_optimizer_state(

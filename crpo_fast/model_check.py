@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from crpo_fast import lora
 from crpo_fast.packing import MicroBatch, Sequence, pack
 
 __all__ = ["UnsupportedModelError", "check_packing", "head_options"]
@@ -66,7 +67,7 @@ def head_options(model: PreTrainedModel) -> dict[str, float]:
             f"model: expected a model of text alone, got {kind}, whose decoder is one part of it. "
             "Save that part as a model of its own: four lines in docs/integrations.md, Models."
         )
-    head = model.get_output_embeddings()
+    head = lora.base_of(model.get_output_embeddings())
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(
             f"model: expected an nn.Linear output head, got {type(head).__name__} in {kind}. "

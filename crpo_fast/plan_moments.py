@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from crpo_fast import attention, distributed
+from crpo_fast import attention, distributed, lora
 from crpo_fast import policy as policies
 from crpo_fast.batch import SamplingParams
 from crpo_fast.config import Config, PhaseConfig
@@ -135,7 +135,10 @@ class Rehearsal:
             freeze_head=config.model.freeze_head,
         )
         self.reference: Policy | None = None
-        if self.spec.objective.kl_coef > 0:
+        is_copy = not self.config.lora.rank  # else it is the policy without its adapters
+        if self.spec.objective.kl_coef > 0 and not is_copy:
+            self.reference = self.policy
+        elif self.spec.objective.kl_coef > 0:
             self.reference = self._policy(make_model, dtype, compute_dtype=dtype, trainable=False)
         parameters = list(self.policy.model.parameters())
         self.trainable = [p for p in parameters if p.requires_grad]
@@ -143,7 +146,7 @@ class Rehearsal:
         self.bytes.add([*parameters, *self.policy.model.buffers()], "weights, sharded")
         # AdamW: two moments of every trainable shard, and a count of steps
         self.bytes.hold("optimizer", 2 * storage_bytes(self.trainable) + 4 * len(self.trainable))
-        if self.reference is not None:
+        if self.reference is not None and is_copy:
             copy = self.reference.model
             self.bytes.add([*copy.parameters(), *copy.buffers()], "KL reference")
 
@@ -160,7 +163,7 @@ class Rehearsal:
         if is_first:
             whole = {"weights, gathered": master * count}
             found.append(Moment("start", whole, whole))
-        if self.reference is not None:
+        if self.reference is not None and self.reference is not self.policy:
             whole = (item if self.device == "cuda" else master) * count
             sizes = {"weights, sharded": parts["weights, sharded"], "KL reference": whole}
             if not is_first:  # the earlier phase's
@@ -189,7 +192,10 @@ class Rehearsal:
 
     def _policy(self, make_model: ModelMaker, dtype: torch.dtype, **options: Any) -> _FakePolicy:
         with self.fake:
-            model = _cast(make_model(), dtype)
+            model = make_model()
+            if self.config.lora.rank:
+                lora.attach(model, self.config.lora, is_planned=True)
+            model = _cast(model, dtype)
         model.to = lambda *_, **__: model  # a fake tensor is where it is
         policy = policies.create(model, self.world, **options)
         return _FakePolicy(policy.model, policy.world, policy.head_options, self.fake)

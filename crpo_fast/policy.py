@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from crpo_fast import attention, distributed
+from crpo_fast import attention, distributed, lora
 from crpo_fast.distributed import World
 from crpo_fast.model_check import UnsupportedModelError, check_packing, head_options
 from crpo_fast.packing import MicroBatch
@@ -81,7 +81,10 @@ class Policy:
                 errors = exact_differences(out.logprobs, hidden, weight, labels, **shared)
             return out.logprobs, errors
 
+        training = self.model.training
+        self.model.eval()  # no dropout of adapters
         found = self(batch, compute)
+        self.model.train(training)
         distributed.reshard(self.model)
         return found
 
@@ -106,6 +109,16 @@ class Policy:
         return distributed.gathered(self.model)
 
 
+@dataclass(frozen=True)
+class BasePolicy(Policy):
+    """The base model of an adapted policy: the KL reference without a copy. It only scores."""
+
+    def __call__(self, batch: MicroBatch, compute: HeadFunction) -> Any:
+        """As ``Policy``, with the adapters off."""
+        with lora.switched_off(self.model):
+            return super().__call__(batch, compute)
+
+
 def create(
     model: Any,
     world: World,
@@ -121,8 +134,11 @@ def create(
         UnsupportedModelError: the model makes its logits in a way the loss does not know.
     """
     model.to(world.device)
-    options = head_options(model)
+    with lora.switched_off(model):
+        options = head_options(model)
     model.requires_grad_(trainable)
+    if lora.settings_of(model) is not None:
+        lora.freeze_base(model)
     if freeze_head:
         model.get_output_embeddings().requires_grad_(False)
     if activation_checkpointing and trainable:
@@ -155,7 +171,7 @@ def install_head(model: Any) -> None:
             return plain(hidden)
         assert not isinstance(self.weight, DTensor), "the head must run inside its FSDP unit"
         bias = {} if self.bias is None else {"bias": self.bias}
-        return compute(hidden, self.weight, **bias, **options)
+        return compute(hidden, self.weight, **bias, **lora.head_factors(self), **options)
 
     def policy_forward(self: Any, batch: MicroBatch, compute: Any, options: Any) -> Any:
         # the batch is one opaque leaf: FSDP casts every float tensor that it finds in the arguments

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from crpo_fast import models, outcome, provenance
+from crpo_fast import lora, models, outcome, provenance
 from crpo_fast.model_card import write_card
 from crpo_fast.run_folder import RunFolder, phase_lengths
 from crpo_fast.session import DTYPES
@@ -87,8 +87,12 @@ def write_results(run: Run, after: dict[str, Any], weights: dict[str, Tensor]) -
     if failed:
         raise OSError("; ".join(failed))
     session, results = run.session, run.evaluations.results
+    model: Any = session.policy.model
+    if (settings := lora.settings_of(model)) is not None:
+        lora.write_adapter(model, weights, run.folder.path / "adapter")
+        weights, model = lora.merged(weights, settings), lora.plain_model(model)
     models.export_model(
-        session.policy.model,
+        model,
         session.task.tokenizer,
         run.folder.path / "final",
         state_dict=weights,

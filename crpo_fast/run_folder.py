@@ -336,6 +336,8 @@ def _is_prefix(progress: Progress, lengths: list[int]) -> bool:
 
 def needs_phase_start(config: Config, phase: int) -> bool:
     """Must the checkpoint at the end of the phase before be there to resume ``phase``?"""
+    if config.lora.rank:  # the KL reference is the base model
+        return False
     return phase > 0 and loss_spec(config, config.phases[phase], []).objective.kl_coef > 0
 
 

@@ -14,6 +14,7 @@ from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.distributed import num_cores
 from crpo_fast.loss import kernel_options, loss_spec, scoring_options
 from crpo_fast.run_folder import Resume, RunFolder, phase_lengths
+from crpo_fast.session import head_rank
 from crpo_kernels import explain_choice
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ def _parameters(session: Session) -> str:
     count, trained = (sum(n for n, _, t in sizes if t or not only) for only in (False, True))
     share = "all trained" if trained == count else f"{_millions(trained)} trained"
     held = sum(n * item * (4 if t else 1) for n, item, t in sizes) / session.world.size
+    lora = session.config.lora
+    if lora.rank:
+        where = ", ".join([*(lora.targets or ("the blocks",)), *["lm_head"] * lora.head])
+        share += f" (LoRA of rank {lora.rank} on {where})"
     return f"{_millions(count)}, {share}; {held / 2**20:,.1f} MiB a rank with gradients and AdamW"
 
 
@@ -161,6 +166,7 @@ def _loss_choice(session: Session) -> tuple[str, str]:
         device=session.world.device,
         spec=spec.objective,
         is_on_policy=updates == 1,
+        lora_rank=head_rank(config),
         **dict(spec.options),
     )
 
@@ -176,6 +182,7 @@ def _scoring(session: Session) -> str:
         dtype=getattr(torch, config.model.compute_dtype),
         device=session.world.device,
         is_scoring=True,
+        lora_rank=head_rank(config),
         **kernel_options(config),
         **scoring_options(config),
     )

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
-from crpo_fast import distributed, models
+from crpo_fast import distributed, lora, models
 from crpo_fast import policy as policies
 from crpo_fast.attention import SDPA_PACKED
 from crpo_fast.batch import SamplingParams
@@ -51,7 +52,9 @@ class Session:
     eos_ids: tuple[int, ...]
 
     def reference(self) -> Policy:
-        """A frozen copy of the policy as it is now, in the compute dtype."""
+        """A frozen copy of the policy as it is now, in the compute dtype; with LoRA the base."""
+        if self.config.lora.rank:
+            return policies.BasePolicy(**vars(self.policy))
         dtype = DTYPES[self.config.model.compute_dtype]
         with timer("model"):
             copy = policies.create(
@@ -140,6 +143,7 @@ def _refusal(config: Config, device: torch.device) -> str | None:
             dtype=DTYPES[config.model.compute_dtype],
             device=device,
             is_scoring=True,
+            lora_rank=head_rank(config),
             **kernel_options(config),
             **scoring_options(config),
         )
@@ -168,6 +172,11 @@ def check_layout(config: Config, model: Any) -> None:
             f"train.layout: expected packed or padded here, got 'shared': {reason}. Type "
             "--train.layout packed."
         )
+
+
+def head_rank(config: Config) -> int:
+    """Of lm_head's adapter, 0 without one."""
+    return config.lora.rank if config.lora.head else 0
 
 
 def check_workspace(config: Config, model: Any, device: torch.device) -> None:
@@ -206,6 +215,7 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
     Raises:
         ConfigError, ModelError, DataError: what is wrong and what to type.
     """
+    lora.check(config)
     check_ranks(config, world.size)
     check_loss_backend(config, world.device)
     check_scoring(config, world.device)
@@ -214,7 +224,7 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
         with timer("tokenizer"):
             build_model, tokenizer = _source(config, world, rows, run_dir)
     with timer("model"):
-        model = build_model()
+        model = adapted(config, build_model)
         policy = policies.create(
             model,
             world,
@@ -238,6 +248,21 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
         build_model=build_model,
         eos_ids=models.eos_ids(model, tokenizer),
     )
+
+
+def adapted(config: Config, build_model: Callable[[], Any]) -> Any:
+    """The initial model, with adapters where the config has them.
+
+    Raises:
+        ConfigError: an adapter's target is not there; said before the weights are loaded.
+    """
+    settings, path = config.lora, config.model.path
+    if settings.rank and path:
+        lora.check_targets(settings, lora.skeleton(AutoConfig.from_pretrained(path)))
+    model = build_model()
+    if settings.rank:
+        lora.attach(model, settings, path=path, seed=config.seed)
+    return model
 
 
 def _source(

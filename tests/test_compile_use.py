@@ -281,19 +281,24 @@ def test_operators_are_what_they_say(backend, device):
     """Schema, fake, autograd and dispatch, as torch checks its own operators."""
     need(backend)
     problem = problem_on(device, num_rows=7, vocab=19, dim=4)
-    leaves = problem.leaves(torch.float32, bias=True)
+    states, up = torch.randn(7, 2, device=device), torch.randn(19, 2, device=device)
+    leaves = [*problem.leaves(torch.float32, bias=True), states, up]  # the last two: an adapter
     tokens = [problem.vectors[name].float() for name in operators.VECTORS]
     spec = ("clip", 0.2, 0.3, 0.1, "k3", None, 2.0, 0.0)
-    kinds = (([True, True, True], torch.float32), ([False, True, False], torch.bfloat16))
+    kinds = (
+        ([True, True, True, False, False], torch.float32),
+        ([True, False, False, True, True], torch.float32),
+        ([False, True, False, False, True], torch.bfloat16),
+    )
     for needs, dtype in kinds:
         cast = [leaf.detach().to(dtype) for leaf in leaves]
         tensors = [x.requires_grad_(y) for x, y in zip(cast, needs, strict=True)]
         head = (
-            *tensors[:2], problem.labels, tensors[2], None, problem.temperature.float(),
+            *tensors[:2], problem.labels, *tensors[2:], None, problem.temperature.float(),
             1.0, 1.5, 8.0, backend, "auto", None, None, needs,
         )  # fmt: skip
         loss = (*head, *tokens, None, *spec)
         torch.library.opcheck(operators.policy_loss_op, loss)
         torch.library.opcheck(operators.logprobs_op, head)
         differentiable = [x.requires_grad for x in operators.policy_loss_op(*loss)]
-        assert differentiable == [True, False, False, False, False]
+        assert differentiable == [True] + [False] * 6
