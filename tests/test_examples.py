@@ -31,7 +31,7 @@ def command_of(script: Path) -> list[str]:
     """How the head of the file says to run it."""
     found = COMMAND.search(script.read_text("utf-8").split('"""')[1])
     assert found, f"{script.name}: the docstring has no line `python docs/examples/...`"
-    words = shlex.split(found[1].rstrip("."))
+    words = [word for word in shlex.split(found[1].rstrip(".")) if not word.startswith("[")]
     assert f"docs/examples/{script.name}" in words
     return words
 
@@ -51,7 +51,7 @@ def output_of(script: Path) -> str:
         with contextlib.redirect_stdout(printed):
             runpy.run_path(str(script), run_name="__main__")
         return printed.getvalue()
-    module = ["-m", "torch.distributed.run", "--standalone"] if words[0] == "torchrun" else []
+    module = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
     done = subprocess.run(
         [sys.executable, *module, *words[1:]], cwd=ROOT, capture_output=True, text=True,
         timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},

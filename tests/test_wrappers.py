@@ -176,7 +176,9 @@ def test_peft_first():
     assert_equal(model, model, plain)
 
 
-def test_dropout_of_the_heads_adapter_is_refused():
+def test_adapters_of_the_head_come_later_and_without_dropout():
+    with pytest.raises(ValueError, match=r"model: .*before peft"):
+        add_fused_head(adapted(make_model(), ["lm_head"]))
     model = adapted(add_fused_head(make_model()), ["lm_head"], lora_dropout=0.1)
     assert_equal(model.eval(), model, adapted(make_model(), ["lm_head"], lora_dropout=0.1).eval())
     with pytest.raises(UnsupportedModelError, match=r"model: expected no dropout .* got 0\.1"):
@@ -228,8 +230,6 @@ def test_mistakes():
     for wrapped in (nn.Linear(2, 2), torch.compile(make_model())):
         with pytest.raises(ValueError, match=r"model: expected .* before torch\.compile"):
             add_fused_head(wrapped)
-    with pytest.raises(ValueError, match=r"model: .*before peft"):
-        add_fused_head(adapted(make_model(), ["lm_head"]))
 
     class Scaled(nn.Linear):
         def forward(self, hidden):
