@@ -176,7 +176,7 @@ ERRORS = {
 SHAPES = {
     "a_list": ({"labels": [1] * 13}, "labels: expected a torch.Tensor, got list"),
     "no_spec": ({"spec": "crpo"}, "spec: expected an ObjectiveSpec, got 'crpo'"),
-    "shard": ({"process_group": 1}, "process_group: vocabulary-parallel heads are not"),
+    "shard": ({"process_group": 1}, "nor has a call with a process_group"),
     "dense": ({"backend": "dense"}, "backend: 'dense' has no operator"),
 }
 

@@ -78,9 +78,18 @@ def moves_the_entropy_of_its_stages(printed: str) -> None:
     assert sum(gaps[-4:]) / 4 > 0.7, "the second stage commits, the first one does not"
 
 
+def equals_the_whole_head(printed: str) -> None:
+    lines = [line for line in printed.splitlines() if "gradients equal the whole head's" in line]
+    assert sorted(re.findall(r"^rank (\d): (\d+) of", "\n".join(lines), re.MULTILINE)) == [
+        ("0", "51"),
+        ("1", "50"),
+    ]
+
+
 CHECKS = {
     "plain_torch_grpo": learns_from_rewards,
     "hf_trainer_stages": moves_the_entropy_of_its_stages,
+    "tensor_parallel_head": equals_the_whole_head,
 }
 
 

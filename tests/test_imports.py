@@ -56,6 +56,7 @@ LAYERS = (  # of crpo_kernels, every module; one imports from later rows only
     {"scorer"},
     {"aligned"},
     {"rows_compiled", "work_triton"},
+    {"vocab_parallel"},
     {"rows_torch", "exps_triton", "linear_triton"},
     {"rows_triton", "linear_tiles"},
     {"logits_triton", "objective_triton"},

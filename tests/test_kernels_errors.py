@@ -267,8 +267,8 @@ def test_one_pass_is_refused_for_logprobs_that_need_a_gradient():
 
 
 @pytest.mark.parametrize("function", ["loss", "logprobs"])
-def test_process_group_is_not_implemented(function):
-    with pytest.raises(NotImplementedError, match=r"process_group: .* Pass process_group=None"):
+def test_what_is_no_process_group_is_refused(function):
+    with pytest.raises(ValueError, match=r"process_group: expected a .*ProcessGroup"):
         call(function, process_group=object())
 
 

@@ -19,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import crpo_kernels
 from crpo_kernels import ObjectiveSpec
 from crpo_kernels.chunked import Head, backprop, one_pass, score
+from crpo_kernels.factors import Factors, Needs
 from crpo_kernels.launch_triton import recording
 from crpo_kernels.plan import make_plan
 from crpo_kernels.row_table import COLUMNS, Objective
 from crpo_kernels.rows import LogitView
 from crpo_kernels.spec import KL_ESTIMATORS, POLICIES, PRESETS, RHO_MODES, TokenInputs
 from crpo_kernels.terms import Coefficients
+from crpo_kernels.work_triton import TritonRows
 
 from .pairwise import pairwise
 from .report import Job
@@ -95,6 +97,7 @@ def head_calls() -> list[dict[str, Any]]:
     calls: dict[str, list[dict[str, Any]]] = {
         "one_pass": [*presets, watched, *pairwise(alone), tiny],
         "two_pass": [*pairwise(both), tiny],
+        "shard": [{"shape": LARGE}, {"shape": ODD, "bias": True, "softcap": 30.0}],
     }
     return [{"mode": mode, **call} for mode, rows in calls.items() for call in rows]
 
@@ -173,8 +176,12 @@ def run_mode(
     objective: Objective,
     workspace_bytes: int,
 ) -> None:
-    """All passes of a mode."""
+    """All passes of a mode; of a shard of the vocabulary the one that is its own."""
     inputs = objective.inputs
+    if mode == "shard":
+        raw = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
+        TritonRows().sums(raw, inputs.labels, view)
+        return
     plan = make_plan(
         hidden,
         weight,
@@ -185,13 +192,15 @@ def run_mode(
         needs_weight_grad=True,
         is_compiled=False,
     )
-    head = Head(None, inputs.labels, view, plan, True, True, view.bias is not None)
+    factors = Factors(hidden, weight, view.bias)
+    needs = Needs(hidden=True, weight=True, bias=view.bias is not None)
+    head = Head(None, inputs.labels, view, plan, needs)
     if mode == "one_pass":
-        one_pass(hidden, weight, head, objective)
+        one_pass(factors, head, objective)
         return
-    table, kept = score(hidden, weight, head)
+    table, kept = score(factors, head)
     values = Coefficients(inputs.token_weights, inputs.entropy_weights, inputs.z_loss_weights)
-    backprop(hidden, weight, head, table.stats(), values, kept)
+    backprop(factors, head, table.stats(), values, kept)
 
 
 def stage_jobs() -> list[Job]:

@@ -86,5 +86,8 @@ def scoring_launches(
         table = RowTable((*SUMS, *OUTPUTS), num_rows, labels, torch.float32)
         tile = choose_tile(hidden, weight, target)
         rows = slice(0, num_rows)
-        linear_stats(hidden, weight, labels, view, table, rows, tile=tile, scales=scales)
+        linear_stats(
+            hidden, weight, labels, view, table, rows, tile=tile, scales=scales,
+            is_shard=kind == "few",
+        )  # fmt: skip
     return launches

@@ -39,7 +39,14 @@ Both take the head the same way:
                      dtype: adds scaling * (hidden A^T) B^T to the products. A and B get gradients,
                      weight only if it asks for one; for a frozen one no V x D tensor is made
                      (4NVD + 6NVr work). The fused kernel does not take it
-    process_group, vocab_start   vocabulary-parallel heads; not implemented
+    process_group    ranks that share one head (`vocab_parallel`): each passes its own rows of the
+                     vocabulary as weight [V of this rank, D], bias and B, and the same of all else;
+                     labels stay ids of the whole vocabulary. The loss and every result are those
+                     of the whole on each rank, d_hidden is complete, d_weight and d_bias are the
+                     rank's own. One all-gather of [4, chunk rows] a chunk, one all-reduce of
+                     d_hidden. No "dense" backend, and no operator for torch.compile
+    vocab_start      rows of the vocabulary before those of this rank's weight; shards may differ in
+                     size and tile the vocabulary. Padded: pass weight[:valid], empty where none is
 
 Results are fp32 (fp64 for fp64 inputs). On a CPU bf16 products are rounded to bf16, as in any bf16
 head there; everything after them is fp32. Inputs are never changed. In a graph of torch.compile a
@@ -59,11 +66,13 @@ from torch import Tensor
 from .call import HeadCall
 from .spec import Logprobs, ObjectiveSpec, RunOptions, TokenStats
 from .traced import HeadInputs, traced_logprobs, traced_policy_loss
-from .validate import check_objective, check_vocabulary_shard
+from .validate import check_objective
+from .vocab_parallel import shard_request
 
-DENSE_REASON = (
-    "backend: 'dense' has no operator that torch.compile could put into a graph. "
-    "Pass backend='auto', or compile without fullgraph=True."
+UNTRACED_REASON = (
+    "backend: 'dense' has no operator that torch.compile could put into a graph, nor has a call "
+    "with a process_group. Pass backend='auto' and no process_group, or compile without "
+    "fullgraph=True."
 )
 
 
@@ -103,19 +112,20 @@ def linear_logprobs(
 
     Raises:
         ValueError: an argument that cannot be right; the message says what to pass.
-        NotImplementedError: ``process_group`` was given.
     """
-    check_vocabulary_shard(process_group, vocab_start)
     transform = (temperature, logit_scale, logit_softcap)
     inputs = HeadInputs(hidden, weight, labels, bias, transform, rows, lora_head)
     run = RunOptions(backend, mode, workspace_bytes, head_dtype)
-    if torch.compiler.is_compiling() and backend != "dense":
+    where = (process_group, vocab_start)
+    if torch.compiler.is_compiling() and backend != "dense" and process_group is None:
+        shard_request(*where, run)
         return traced_logprobs(inputs, run)
-    return _outside_graphs(_logprobs, inputs, run)
+    return _outside_graphs(_logprobs, inputs, run, where)
 
 
-def _logprobs(inputs: HeadInputs, run: RunOptions) -> Logprobs:
-    call = HeadCall(*inputs)
+def _logprobs(inputs: HeadInputs, run: RunOptions, where: tuple[object, int]) -> Logprobs:
+    options = ("linear_logprobs", *_head_options(inputs))
+    call = HeadCall(*inputs, request=shard_request(*where, run, *options))
     call.plan_logprobs(run, any(call.needs))
     outputs, _ = call.logprobs()
     return Logprobs(*(call.scatter(value) for value in outputs))
@@ -155,9 +165,7 @@ def linear_policy_loss(
 
     Raises:
         ValueError: an argument that cannot be right; the message says what to pass.
-        NotImplementedError: ``process_group`` was given.
     """
-    check_vocabulary_shard(process_group, vocab_start)
     vectors = {
         "token_weights": token_weights,
         "advantages": advantages,
@@ -170,21 +178,33 @@ def linear_policy_loss(
     transform = (temperature, logit_scale, logit_softcap)
     inputs = HeadInputs(hidden, weight, labels, bias, transform, rows, lora_head)
     run = RunOptions(backend, mode, workspace_bytes)
-    if torch.compiler.is_compiling() and backend != "dense":
+    where = (process_group, vocab_start)
+    if torch.compiler.is_compiling() and backend != "dense" and process_group is None:
+        shard_request(*where, run)
         return traced_policy_loss(inputs, run, vectors, spec, cu_seqlens)
-    return _outside_graphs(_policy_loss, inputs, run, vectors, spec, cu_seqlens)
+    return _outside_graphs(_policy_loss, inputs, run, where, vectors, spec, cu_seqlens)
 
 
 def _policy_loss(
     inputs: HeadInputs,
     run: RunOptions,
+    where: tuple[object, int],
     vectors: dict[str, Tensor | None],
     spec: ObjectiveSpec,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, TokenStats]:
     check_objective(spec, {**vectors, "cu_seqlens": cu_seqlens})
-    call = HeadCall(*inputs)
+    given = [name for name, vector in vectors.items() if vector is not None]
+    options = ("linear_policy_loss", spec, given, *_head_options(inputs))
+    call = HeadCall(*inputs, request=shard_request(*where, run, *options))
     return call.policy_loss(call.plan_loss(run, vectors, spec, cu_seqlens))
+
+
+def _head_options(inputs: HeadInputs) -> tuple:
+    """What ranks that share a head must all be told of it, but for tensors."""
+    numbers = [x for x in inputs.transform if not isinstance(x, Tensor)]
+    rank = None if inputs.lora_head is None else len(inputs.lora_head[0])
+    return (inputs.bias is None, inputs.rows is None, rank, numbers)
 
 
 def _outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -194,7 +214,7 @@ def _outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
     Where torch.compile was not even imported (which takes a second) nobody traces.
     """
     if torch.compiler.is_compiling():
-        torch._dynamo.graph_break(msg=DENSE_REASON)
+        torch._dynamo.graph_break(msg=UNTRACED_REASON)
         return torch.compiler.disable(function)(*arguments)
     if "torch._dynamo" in sys.modules:
         return _untraced(function)(*arguments)

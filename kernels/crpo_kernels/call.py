@@ -23,6 +23,7 @@ from .dispatch import (
     mode_reason,
     one_pass_reason,
     plan_scoring,
+    spread,
 )
 from .factors import Adapter, Factors, Needs
 from .host import is_fake
@@ -45,6 +46,7 @@ from .validate import (
     counted_rows,
     token_vector,
 )
+from .vocab_parallel import ShardRequest
 from .weights import sequence_of_token
 
 
@@ -61,6 +63,7 @@ class HeadCall:
         rows: Tensor | Sequence[int] | None,
         lora_head: Any = None,
         needs: Needs | None = None,
+        request: ShardRequest | None = None,
     ) -> None:
         """Check everything about the head itself.
 
@@ -73,6 +76,7 @@ class HeadCall:
             rows: that count.
             lora_head: (A, B, scaling) of an adapter, or what was made of them (states, up).
             needs: which factors need a gradient; None: as autograd says.
+            request: of a vocabulary-parallel head, whose ranks meet here.
 
         Raises:
             ValueError: an argument that cannot be right.
@@ -92,7 +96,9 @@ class HeadCall:
         self.hidden, self.weight = flat, weight
         self.dtype = stats_dtype(hidden)
         self.num_rows = self.hidden.shape[0]
-        all_labels = check_labels(labels, self.num_rows, weight.shape[0])
+        self.shard = None if request is None else request.meet(hidden, weight, labels, self.needs)
+        vocab_size = weight.shape[0] if self.shard is None else self.shard.vocab_size
+        all_labels = check_labels(labels, self.num_rows, vocab_size)
         self.rows, self.given_rows = counted_rows(rows, all_labels), rows
         self.labels = self.compact(all_labels)  # [n]
         temperature = check_temperature(temperature, self.num_rows, hidden, self.dtype)
@@ -197,7 +203,7 @@ class HeadCall:
             run.backend, self.hidden.device, self.hidden.dtype,
             is_fake=is_fake(self.hidden),
         )  # fmt: skip
-        num_rows = self.labels.numel()
+        num_rows, shard = self.labels.numel(), self.shard
         rank = 0 if self.factors.up is None else self.factors.up.shape[1]
         eager_reason = uncompiled_reason(self.hidden, num_rows, self.weight.shape[0])
         sizes = HeadSizes(
@@ -205,6 +211,7 @@ class HeadCall:
             needs=self.needs[:2], is_compiled=eager_reason is None,
             may_keep=any(self.needs) and may_keep, is_gathered=self.rows is not None,
             head_dtype=run.head_dtype, lora_rank=rank,
+            most_rows=None if shard is None else shard.most,
         )  # fmt: skip
         if is_scoring:
             plan, scorer = plan_scoring(sizes, run.mode, choice.reason)
@@ -213,14 +220,16 @@ class HeadCall:
             plan, reason = choose_plan(sizes, run.mode, one_pass_reason, lengths)
             why = mode_reason(plan, reason)
         why += operations(plan, self.needs, rank)
+        why += spread(1 if shard is None else shard.num_ranks)
         log_choice(plan, choice, why, eager_reason)
         self.head = Head(
             rows=self.rows,
-            labels=self.labels,
+            labels=self.labels if shard is None else shard.local(self.labels),
             view=self.view,
             plan=plan,
             needs=self.needs,
             head_dtype=run.head_dtype,
+            shard=shard,
         )
 
     def logprobs(self) -> tuple[Logprobs, Tensor]:

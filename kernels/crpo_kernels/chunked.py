@@ -28,12 +28,13 @@ from torch import Tensor
 from .factors import NO_NEEDS, Factors, Needs
 from .plan import SLAB_BYTES, Plan, is_separate, padded, product_rows, raw_dtype
 from .products import add_product, product, scaled
-from .quantised import put_logits, quantised
+from .quantised import put_logits
 from .row_table import OUTPUTS, SUMS, ExpWork, Objective, RowTable, RowWork
 from .rows import LogitView, RowStats
 from .rows_compiled import CompiledRows
 from .rows_torch import EagerRows
 from .terms import Coefficients
+from .vocab_parallel import Shard, ShardedRows
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Head:
     plan: Plan
     needs: Needs
     head_dtype: torch.dtype | None = None  # of a quantised head, which only scores
+    shard: Shard | None = None  # of a vocabulary-parallel head; labels are local to it
 
 
 @dataclass
@@ -101,6 +103,10 @@ class Chunks:
         return self.hidden.new_empty(num_rows, pitch, dtype=dtype)[:, :vocab_size]
 
     def _row_work(self, size: int) -> RowWork:
+        work, shard = self._own_row_work(size), self.head.shard
+        return work if shard is None else ShardedRows(work, shard, stats_dtype(self.hidden))
+
+    def _own_row_work(self, size: int) -> RowWork:
         plan, dtype = self.head.plan, stats_dtype(self.hidden)
         if plan.backend == "triton":
             from .work_triton import TritonRows  # needs triton
@@ -147,6 +153,12 @@ class Chunks:
         """Statistics of a chunk, into the table."""
         self.work.put_stats(raw, self.head.labels[rows], self.view_of(rows), table, rows)
 
+    def join(self, table: RowTable, rows: slice) -> None:
+        """Join the shards' sums of some rows in the table, where the vocabulary has shards."""
+        if self.head.shard is not None:
+            rounding = self.work.rounding(self.head.view)
+            self.head.shard.join_table(table, rows, self.head.labels, rounding)
+
     def put_loss(
         self, rows: slice, raw: Tensor, table: RowTable, objective: Objective
     ) -> tuple[RowStats, Coefficients]:
@@ -183,7 +195,10 @@ def score(factors: Factors, head: Head) -> tuple[RowTable, Tensor | None]:
     """Statistics of all counted rows ``[n]``, and what the plan keeps for their gradient."""
     hidden, weight = factors[:2]
     if head.plan.scorer == "fused":
-        return fused_score(hidden, weight, head), None
+        from .work_triton import fused_score  # needs triton
+
+        with without_autocast(hidden), torch.no_grad():
+            return fused_score(hidden, weight, head), None
     chunks = Chunks(factors, replace(head, needs=NO_NEEDS))
     table = RowTable((*SUMS, *OUTPUTS), chunks.num_rows, hidden, stats_dtype(hidden))
     kept = head.plan.kept if any(head.needs) and chunks.num_rows else None
@@ -194,29 +209,11 @@ def score(factors: Factors, head: Head) -> tuple[RowTable, Tensor | None]:
                 raw = chunks.logits(rows)
                 chunks.put_stats(rows, raw, table)
                 if exps is not None:
+                    chunks.join(table, rows)
                     chunks.put_exps(rows, raw, exps, table)
+        if exps is None:
+            chunks.join(table, slice(0, chunks.num_rows))
     return table, chunks.raw if kept == "logits" else exps
-
-
-def fused_score(hidden: Tensor, weight: Tensor, head: Head) -> RowTable:
-    """Statistics of all counted rows ``[n]`` by the kernel that writes no logits."""
-    from .linear_triton import linear_stats  # needs triton
-
-    num_rows = head.labels.numel()
-    table = RowTable((*SUMS, *OUTPUTS), num_rows, hidden, torch.float32)
-    with without_autocast(hidden), torch.no_grad():
-        columns = None if head.head_dtype is None or not num_rows else quantised(weight)
-        for group in head.plan.groups(num_rows):
-            for rows in group:
-                counted = None if head.rows is None else head.rows[rows]
-                states = hidden[rows] if counted is None else hidden.index_select(0, counted)
-                where = (head.labels[rows], head.view.take(rows), table, rows)
-                if columns is None:
-                    linear_stats(states, weight, *where)
-                    continue
-                values, scales = quantised(states)
-                linear_stats(values, columns.values, *where, scales=(scales, columns.scales))
-    return table
 
 
 def one_pass(factors: Factors, head: Head, objective: Objective) -> tuple[Gradients, RowTable]:
@@ -265,6 +262,8 @@ def _run(
             _add_products(gradients, chunks, slice(first, group[-1].stop))
     if head.needs.weight and gradients.d_weight is None:
         gradients.d_raw = chunks.d_raw[: chunks.num_rows]
+    if head.shard is not None:
+        head.shard.complete(gradients, chunks.hidden.dtype)
     return gradients
 
 
@@ -273,14 +272,15 @@ def _empty_gradients(chunks: Chunks) -> Gradients:
     hidden, weight, _, states, up = chunks.factors
     needs, dtype, made = chunks.head.needs, stats_dtype(hidden), Gradients()
     make = torch.empty_like if chunks.head.rows is None else torch.zeros_like
+    own = hidden.dtype if chunks.head.shard is None else dtype  # ranks add up their parts
     if needs.hidden:
-        made.d_hidden = make(hidden, memory_format=torch.contiguous_format)
+        made.d_hidden = make(hidden, dtype=own, memory_format=torch.contiguous_format)
     if needs.bias:
         made.d_bias = hidden.new_zeros(weight.shape[0], dtype=dtype)
     if needs.weight and chunks.head.plan.group_rows < chunks.num_rows:
         made.d_weight = weight.new_empty(weight.shape, dtype=dtype)
     if needs.states and states is not None:
-        made.d_states = make(states, memory_format=torch.contiguous_format)
+        made.d_states = make(states, dtype=own, memory_format=torch.contiguous_format)
     if needs.up and up is not None:
         made.d_up = up.new_zeros(up.shape, dtype=dtype)
     return made
@@ -319,7 +319,7 @@ def _put_rows(
 ) -> None:
     """A group's rows of d_states = dZ W; on a GPU summed in fp32, split sums too, and cast once."""
     counted = chunks.head.rows
-    if not chunks.is_separate and counted is None:
+    if not chunks.is_separate and counted is None and d_states.dtype == d_raw.dtype:
         torch.mm(d_raw, weight, out=d_states[rows])
         return
     step = product_rows(weight.shape[1]) if chunks.is_separate else d_raw.shape[0]
@@ -349,7 +349,7 @@ def _add_share(
             add_product(d_weight, d_raw.t(), states)
         return
     elements = chunks.head.plan.slab_rows * chunks.weight.shape[1]
-    slab_rows = min(elements // states.shape[1], d_weight.shape[0])
+    slab_rows = max(1, min(elements // states.shape[1], d_weight.shape[0]))
     buffer = d_raw.new_empty(slab_rows, states.shape[1])  # one for all: a new one costs its pages
     for slab in slabs(d_weight.shape[0], slab_rows):  # each share is rounded once, no sum is
         share = torch.mm(d_raw[:, slab].t(), states, out=buffer[: slab.stop - slab.start])

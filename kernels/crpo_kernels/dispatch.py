@@ -127,7 +127,7 @@ def choose_plan(
     """
     own = sizes.planned()
     bounds = {
-        "backend": sizes.backend, "workspace_bytes": sizes.workspace_bytes,
+        "backend": sizes.backend, "workspace_bytes": own.workspace_bytes,
         "needs_weight_grad": sizes.needs[1],
     }  # fmt: skip
 
@@ -262,6 +262,11 @@ def mode_reason(plan: Plan, reason: str | None) -> str:
     else:
         why = f"{reason or 'asked for'}; {_KEPT[plan.kept]}"
     return f"mode {plan.mode}: {why}"
+
+
+def spread(num_ranks: int) -> str:
+    """Over how many ranks a vocabulary is spread, for the log; empty if it is not."""
+    return f"; vocabulary-parallel over {num_ranks} ranks" if num_ranks > 1 else ""
 
 
 def rows_reason(eager_reason: str | None) -> str:

@@ -16,6 +16,7 @@ from .dispatch import (
     one_pass_reason,
     plan_scoring,
     rows_reason,
+    spread,
 )
 from .factors import NO_NEEDS, Needs
 from .lora import operations
@@ -42,6 +43,7 @@ def explain_choice(
     is_scoring: bool = False,
     head_dtype: torch.dtype | None = None,
     lora_rank: int = 0,
+    num_ranks: int = 1,
 ) -> tuple[str, str]:
     """Backend and mode (or scorer), and how the row passes run, each with its reason.
 
@@ -61,6 +63,7 @@ def explain_choice(
         is_scoring: of `linear_logprobs` without gradients.
         head_dtype: as in the call, with ``is_scoring``.
         lora_rank: r of ``lora_head`` beside a frozen weight; 0: the head has no adapter.
+        num_ranks: of the ``process_group``, over which V is spread evenly.
 
     Raises:
         ValueError: what a call of these sizes would refuse, or an unknown name; with the reason.
@@ -68,35 +71,46 @@ def explain_choice(
     _check_sizes(
         num_rows=num_rows, vocab_size=vocab_size, hidden_size=hidden_size, lora_rank=lora_rank
     )
-    hidden, weight = _stand_ins(vocab_size, hidden_size, dtype, _checked_device(device))
+    shard_size = _shard_size(vocab_size, num_ranks)
+    hidden, weight = _stand_ins(shard_size, hidden_size, dtype, _checked_device(device))
     check_workspace(workspace_bytes)
     choice = choose_backend(backend, hidden.device, dtype)
-    eager_reason = uncompiled_reason(hidden, num_rows, vocab_size)
+    eager_reason = uncompiled_reason(hidden, num_rows, shard_size)
     needs = _needs(is_scoring, has_adapter=bool(lora_rank))
     sizes = HeadSizes(
         hidden, weight, num_rows, choice.name, workspace_bytes, may_keep=not is_scoring,
         needs=needs[:2], is_compiled=eager_reason is None, head_dtype=head_dtype,
-        lora_rank=lora_rank, has_strides=False,
+        lora_rank=lora_rank, has_strides=False, most_rows=shard_size if num_ranks > 1 else None,
     )  # fmt: skip
     if head_dtype is not None:
         check_head_dtype(head_dtype, hidden, needs_any=not is_scoring)
-    why_not = None if is_scoring else one_pass_reason(spec, is_on_policy)
-    is_by_sequence = spec is not None and why_not is not None
-    lengths = _checked_lengths(sequence_lengths, num_rows) if is_by_sequence else None
-    plan, why = _plan(sizes, mode, choice.reason, is_scoring, (why_not, lengths))
-    why = f"backend {choice.name} ({choice.reason}), {why}{operations(plan, needs, lora_rank)}"
-    return why, _row_passes(plan, eager_reason)
+    one_pass = None if is_scoring else _one_pass(spec, is_on_policy, sequence_lengths, num_rows)
+    plan, why = _plan(sizes, mode, choice.reason, one_pass)
+    why += operations(plan, needs, lora_rank) + spread(num_ranks)
+    return f"backend {choice.name} ({choice.reason}), {why}", _row_passes(plan, eager_reason)
+
+
+def _one_pass(
+    spec: ObjectiveSpec | None,
+    is_on_policy: bool,
+    sequence_lengths: Sequence[int] | None,
+    num_rows: int,
+) -> tuple[str | None, Lengths | None]:
+    """Why chunks that know no sequences cannot be one pass, and the sequences where they may be."""
+    why_not = one_pass_reason(spec, is_on_policy)
+    if spec is None or why_not is None:
+        return why_not, None
+    return why_not, _checked_lengths(sequence_lengths, num_rows)
 
 
 def _plan(
     sizes: HeadSizes,
     mode: str,
     backend_reason: str,
-    is_scoring: bool,
-    one_pass: tuple[str | None, Lengths | None],
+    one_pass: tuple[str | None, Lengths | None] | None,  # None: it scores
 ) -> tuple[Plan, str]:
     """How the call would run, and why."""
-    if is_scoring:
+    if one_pass is None:
         plan, scorer = plan_scoring(sizes, mode, backend_reason)
         return plan, scorer_reason(scorer)
     plan, reason = choose_plan(sizes, mode, *one_pass)
@@ -131,12 +145,18 @@ def _row_passes(plan: Plan, eager_reason: str | None) -> str:
     return passes[plan.backend]
 
 
-def _check_sizes(**sizes: int) -> None:
+def _shard_size(vocab_size: int, num_ranks: int) -> int:
+    """Rows of the largest of shards as even as can be."""
+    _check_sizes(1, num_ranks=num_ranks)
+    return -(-vocab_size // num_ranks)
+
+
+def _check_sizes(least: int = 0, **sizes: int) -> None:
     for name, size in sizes.items():
-        if not (isinstance(size, int) and size >= 0):
+        if not (isinstance(size, int) and size >= least):
             raise ValueError(
-                f"{name}: expected a whole number of at least 0, got {size!r}. Pass the {name} of "
-                "the call."
+                f"{name}: expected a whole number of at least {least}, got {size!r}. Pass the "
+                f"{name} of the call."
             )
 
 

@@ -31,7 +31,7 @@ from .launch_triton import constant, is_interpreted, is_recording, launch
 from .linear_tiles import Tile, choose_order, choose_tile, num_units
 from .logits_triton import logits_of
 from .row_table import RowTable
-from .rows_triton import put_stats, view_arguments
+from .rows_triton import put_stats, put_sums, view_arguments
 
 if TYPE_CHECKING:
     from .rows import LogitView
@@ -192,6 +192,7 @@ def linear_join_kernel(
     inner,  # fp32 or None, which says how finely a top is told
     table_ptr,  # [columns, n] of a wider table, fp32, written
     stride_table,
+    IS_SHARD: tl.constexpr,  # sums alone, to be joined with those of other columns
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,  # splits that are read at once
 ):
@@ -221,7 +222,10 @@ def linear_join_kernel(
     label = tl.load(labels_ptr + offs_t, mask=mask_t, other=-1)
     is_inside = (label >= 0) & (label < vocab_size)
     label_logit = tl.where(is_inside, y, float("nan"))
-    put_stats(label, label_logit, m, s, t, inner, table_ptr + offs_t, stride_table, mask_t)
+    if IS_SHARD:
+        put_sums(m, s, t, label_logit, table_ptr + offs_t, stride_table, mask_t)
+    else:
+        put_stats(label, label_logit, m, s, t, inner, table_ptr + offs_t, stride_table, mask_t)
 
 
 def operand(matrix: Tensor, block: list[int], *, uses_tma: bool) -> Any:
@@ -258,6 +262,8 @@ def linear_join(
     inner: float | None,
     table: RowTable,
     rows: slice,
+    *,
+    is_shard: bool = False,
 ) -> None:
     """Write the statistics that the sums of all splits make to ``rows`` of the table."""
     _, num_splits, num_rows = partials.shape
@@ -270,6 +276,7 @@ def linear_join(
         "inner": inner,
         "table_ptr": table.values[:, rows],
         "stride_table": table.values.stride(0),
+        "IS_SHARD": is_shard,
         "BLOCK_T": JOIN_ROWS,
         "BLOCK_S": JOIN_SPLITS,
     }
@@ -287,11 +294,12 @@ def linear_stats(
     tile: Tile | None = None,
     num_splits: int | None = None,
     scales: tuple[Tensor, Tensor] | None = None,  # fp32 [n] and [V]: hidden and weight times them
+    is_shard: bool = False,
 ) -> None:
     """Write the statistics of ``hidden @ weight.T`` to ``rows`` of the table.
 
     Beside the table it needs 16 bytes per row and split; ``tile`` and ``num_splits`` None: as
-    `linear_tiles` chooses them.
+    `linear_tiles` chooses them. ``is_shard``: sums instead, to `row_table.UNJOINED`.
 
     Raises:
         ValueError: ``num_splits`` below 1, or 8-bit operands on a GPU without a tile for them.
@@ -324,4 +332,4 @@ def linear_stats(
     }
     meta = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     launch(linear_stats_kernel, (order.num_programs,), arguments, **meta)
-    linear_join(partials, labels, vocab_size, seen["inner"], table, rows)
+    linear_join(partials, labels, vocab_size, seen["inner"], table, rows, is_shard=is_shard)

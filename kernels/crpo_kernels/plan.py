@@ -103,6 +103,7 @@ class HeadSizes(NamedTuple):
         head_dtype: of the quantised head that scores, or None.
         lora_rank: of the head's adapter, 0 without one.
         has_strides: the tensors' strides are the call's; else they stand for contiguous ones.
+        most_rows: of the largest shard of a vocabulary, of which ``weight`` is one, or None.
     """
 
     hidden: Tensor  # [T, D]
@@ -117,18 +118,26 @@ class HeadSizes(NamedTuple):
     head_dtype: torch.dtype | None = None
     lora_rank: int = 0
     has_strides: bool = True
+    most_rows: int | None = None
 
     def planned(self) -> HeadSizes:
-        """The same with the tensors whose products are planned: a quantised head makes them fp32.
+        """The same with the tensors whose products are planned.
 
-        These have shapes and no memory of their own.
+        A quantised head makes them fp32; ranks that share a vocabulary all plan for the largest
+        shard, and without asking how much of their memory is free. The tensors have shapes and no
+        memory of their own.
         """
-        if self.head_dtype is None:
+        if self.head_dtype is None and self.most_rows is None:
             return self
-        dim = self.weight.shape[1]
-        hidden = self.hidden.new_empty(0, dim, dtype=torch.float32)
-        weight = self.weight.new_empty(1, 1, dtype=torch.float32).expand(self.weight.shape)
-        return self._replace(hidden=hidden, weight=weight)
+        dtype = self.hidden.dtype if self.head_dtype is None else torch.float32
+        vocab_size = self.weight.shape[0] if self.most_rows is None else self.most_rows
+        dim, workspace = self.weight.shape[1], self.workspace_bytes
+        hidden = self.hidden.new_empty(0, dim, dtype=dtype)
+        weight = self.weight.new_empty(1, 1, dtype=dtype).expand(vocab_size, dim)  # [V, D]
+        if self.most_rows is not None and workspace is None:
+            least = one_row_bytes(hidden, weight, self.backend)
+            workspace = max(least, wanted_workspace(weight, self.backend))
+        return self._replace(hidden=hidden, weight=weight, workspace_bytes=workspace)
 
 
 class RowBytes(NamedTuple):
@@ -346,16 +355,22 @@ def is_planned_gpu(tensor: Tensor, backend: str) -> bool:
     return backend == "triton" and is_fake(tensor)
 
 
+def wanted_workspace(weight: Tensor, backend: str) -> int:
+    """1 GiB on a CPU; on a GPU 4 V D bytes, the ring and a group."""
+    if weight.device.type != "cuda" and not is_planned_gpu(weight, backend):
+        return CPU_WORKSPACE_BYTES
+    return 4 * weight.numel() + 8 * RING_ROWS * padded(weight.shape[0])
+
+
 def default_workspace(weight: Tensor, backend: str = "torch") -> int:
     """1 GiB on a CPU; on a GPU 4 V D bytes, the ring and a group, or half of what is free if less.
 
     Free is what the driver has and what torch's allocator holds unused. While a CUDA graph is
     captured, and of a fake tensor (who plans wants shapes), nothing is asked: all is free.
     """
-    if weight.device.type != "cuda" and not is_planned_gpu(weight, backend):
-        return CPU_WORKSPACE_BYTES
-    wanted = 4 * weight.numel() + 8 * RING_ROWS * padded(weight.shape[0])
-    if is_fake(weight) or torch.cuda.is_current_stream_capturing():
+    wanted = wanted_workspace(weight, backend)
+    is_gpu = weight.device.type == "cuda"
+    if not is_gpu or is_fake(weight) or torch.cuda.is_current_stream_capturing():
         return wanted
     free = torch.cuda.mem_get_info(weight.device)[0]
     # memory_reserved and memory_allocated each flatten and sort all figures of this one answer

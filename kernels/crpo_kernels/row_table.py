@@ -19,6 +19,7 @@ from .terms import Coefficients, LossRows, Sequences
 SUMS: tuple[str, ...] = ("maximum", "log_sum", "mean_shift")  # what the gradient of a row needs
 OUTPUTS: tuple[str, ...] = ("logprobs", "entropy", "lse", "is_top1")
 TERMS: tuple[str, ...] = ("token_loss", "ratio", "kl", "rho", "is_clipped", "loss")
+UNJOINED: tuple[str, ...] = (*SUMS, "logprobs")  # hold m, s, t, z_y until shards are joined
 SLOPES: tuple[str, ...] = ("d_logprobs", "d_lse")
 COLUMNS: tuple[str, ...] = (*SUMS, *OUTPUTS, *TERMS, *SLOPES)  # the order that kernels write
 
@@ -76,6 +77,14 @@ class RowWork(Protocol):
     """
 
     loss_columns: tuple[str, ...]
+
+    def sums(self, raw: Tensor, labels: Tensor, view: LogitView) -> Tensor:  # [4, C]
+        """M, s, t and the label's logit of the rows of ``raw`` ``[C, V]``."""
+        ...
+
+    def rounding(self, view: LogitView) -> float:
+        """How far `sums` may have a label's logit from m, as a part of it, where it is m."""
+        ...
 
     def put_stats(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .objective import row_factors as objective_factors
@@ -103,10 +104,17 @@ class RowStats(NamedTuple):
         return self._make(value[rows] for value in self)
 
 
-def finish_stats(label_shift: Tensor, maximum: Tensor, s: Tensor, t: Tensor) -> RowStats:
-    """From the row sums ``[C]`` to the statistics."""
-    log_sum = s.log()
-    return RowStats(label_shift - log_sum, maximum, log_sum, t / s, label_shift >= 0)
+def finish_stats(
+    maximum: Tensor, s: Tensor, t: Tensor, label_logit: Tensor, rounding: float = 0.0
+) -> RowStats:
+    """From the row sums ``[C]`` to the statistics.
+
+    ``rounding`` is how far a label's logit that was computed apart may be from the maximum, as a
+    part of it, and be the maximum still.
+    """
+    log_sum, shift = s.log(), label_logit - maximum
+    is_top1 = shift >= -rounding * maximum.abs()
+    return RowStats(torch.where(shift > 0, 0.0, shift) - log_sum, maximum, log_sum, t / s, is_top1)
 
 
 class RowFactors(NamedTuple):

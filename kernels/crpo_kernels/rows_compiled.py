@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import LOWEST_LOGIT, LogitView, RowStats, finish_stats, row_factors
-from .rows_torch import TorchRows
+from .rows import LOWEST_LOGIT, LogitView, RowStats, row_factors
+from .rows_torch import TorchRows, put_label_grad
 from .terms import Coefficients
 
 
@@ -88,13 +88,17 @@ class CompiledRows(TorchRows):
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def stats(
+    def rounding(self, view: LogitView) -> float:
+        """Generated code may round a tanh another way."""
+        return 0.0 if view.inner is None else 2 * torch.finfo(self.dtype).eps
+
+    def sums(
         self,
         raw: Tensor,  # [C, V] stays as it is
         labels: Tensor,  # [C]
         view: LogitView,
-    ) -> RowStats:
-        """Statistics of the rows of ``raw``."""
+    ) -> Tensor:  # [4, C]
+        """M, s, t and the label's logit of the rows of ``raw``."""
         like = raw.new_empty(0, dtype=self.dtype)
         bias, inner, outer = _arguments(view, raw.shape[0], like)
         maximum, s, t = _compiled(_stats, raw.dtype, bias is None, inner is None)(
@@ -103,11 +107,7 @@ class CompiledRows(TorchRows):
         picked = raw.gather(1, labels.unsqueeze(1))  # [C, 1]
         label_bias = None if bias is None else bias[labels].unsqueeze(1)
         label_logits = _logits(picked, label_bias, inner, outer).squeeze(1)  # [C]
-        shift = label_logits - maximum
-        if inner is not None:  # generated code may round tanh another way: the top is the maximum
-            is_rounding = shift.abs() <= 2 * torch.finfo(self.dtype).eps * maximum.abs()
-            shift = torch.where(is_rounding, 0.0, shift)
-        return finish_stats(shift, maximum, s, t)
+        return torch.stack((maximum, s, t, label_logits))
 
     def grad_(
         self,
@@ -129,5 +129,4 @@ class CompiledRows(TorchRows):
         target = None if raw.data_ptr() == d_raw.data_ptr() else d_raw
         variant = (raw.dtype, target is None, *(x is None for x in (*arguments, b)))
         _compiled(_grad_, *variant)(raw, target, arguments, columns)
-        rows = torch.arange(raw.shape[0], device=raw.device)
-        d_raw[rows, labels] = label_grad.to(d_raw.dtype)
+        put_label_grad(d_raw, labels, label_grad)

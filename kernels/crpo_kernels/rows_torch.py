@@ -27,9 +27,17 @@ class TorchRows:
 
     loss_columns: tuple[str, ...] = (*OUTPUTS, *TERMS)
 
+    def sums(self, raw: Tensor, labels: Tensor, view: LogitView) -> Tensor:  # [4, C]
+        """M, s, t and the label's logit of the rows of ``raw`` ``[C, V]``, which stays as it is."""
+        raise NotImplementedError
+
+    def rounding(self, view: LogitView) -> float:  # noqa: ARG002
+        """How far `sums` may have a label's logit from m, as a part of it, where it is m."""
+        return 0.0
+
     def stats(self, raw: Tensor, labels: Tensor, view: LogitView) -> RowStats:
         """Statistics of the rows of ``raw`` ``[C, V]``, which stays as it is."""
-        raise NotImplementedError
+        return finish_stats(*self.sums(raw, labels, view).unbind(), rounding=self.rounding(view))
 
     def put_stats(
         self, raw: Tensor, labels: Tensor, view: LogitView, table: RowTable, rows: slice
@@ -75,24 +83,24 @@ class EagerRows(TorchRows):
             size = min(step, num_rows - start)
             yield slice(start, start + size), self.x[:size], self.e[:size]
 
-    def stats(
+    def sums(
         self,
         raw: Tensor,  # [C, V] stays as it is
         labels: Tensor,  # [C]
         view: LogitView,
-    ) -> RowStats:
-        """Statistics of the rows of ``raw``."""
-        parts = self.x.new_empty(4, raw.shape[0])  # z_y - m, m, s, t
+    ) -> Tensor:  # [4, C]
+        """M, s, t and the label's logit of the rows of ``raw``."""
+        parts = self.x.new_empty(4, raw.shape[0])
         for rows, z, e in self.blocks(raw.shape[0]):
             view.take(rows).apply_(z.copy_(raw[rows]))
-            maximum = torch.amax(z, dim=1, out=parts[1, rows])  # [b]
+            maximum = torch.amax(z, dim=1, out=parts[0, rows])  # [b]
+            parts[3, rows] = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
             z.sub_(maximum.unsqueeze(1))
-            parts[0, rows] = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
             torch.exp2(z.mul_(LOG2_E), out=e)
-            torch.sum(e, dim=1, out=parts[2, rows])
-            torch.sum(z.mul_(e), dim=1, out=parts[3, rows])
-        parts[3].div_(LOG2_E)
-        return finish_stats(*parts)
+            torch.sum(e, dim=1, out=parts[1, rows])
+            torch.sum(z.mul_(e), dim=1, out=parts[2, rows])
+        parts[2].div_(LOG2_E)
+        return parts
 
     def grad_(
         self,
@@ -116,5 +124,15 @@ class EagerRows(TorchRows):
             else:
                 dz = z.mul_(b[rows].unsqueeze(1)).add_(a[rows].unsqueeze(1)).mul_(p)
             d_raw[rows] = dz if capped is None else dz.mul_(capped)
-        rows_of = torch.arange(raw.shape[0], device=raw.device)
-        d_raw[rows_of, labels] = label_grad.to(d_raw.dtype)  # scatter_ would copy all of d_raw
+        put_label_grad(d_raw, labels, label_grad)
+
+
+def put_label_grad(
+    d_raw: Tensor,  # [C, V] written
+    labels: Tensor,  # [C]; below 0 where another shard of the vocabulary has the label
+    label_grad: Tensor,  # [C]
+) -> None:
+    """The gradient of each row's label."""
+    rows, own = torch.arange(d_raw.shape[0], device=d_raw.device), labels.clamp(min=0)
+    values = torch.where(labels < 0, d_raw[rows, own], label_grad.to(d_raw.dtype))
+    d_raw[rows, own] = values  # scatter_ would copy all of d_raw

@@ -41,7 +41,10 @@ NUM_WARPS = 8  # 8 fp32 logits a thread: two loads of 128 bits
 
 _row_factors = twin.row_factors
 
-# columns of the table, read by kernels as globals
+ROUNDING, TANH_ROUNDING = 5.9e-8, 2.4e-7  # parts of the maximum
+
+# read by kernels as globals: these, and columns of the table
+_ROUNDING, _TANH_ROUNDING = constant(ROUNDING), constant(TANH_ROUNDING)
 _LOGPROBS = constant(COLUMNS.index("logprobs"))
 _ENTROPY = constant(COLUMNS.index("entropy"))
 _LSE = constant(COLUMNS.index("lse"))
@@ -86,7 +89,7 @@ def put_stats(
     # A fused multiply-add may round the label's own logit another way, by half a unit in the last
     # place (a tanh by two): it is never above the maximum, and the top it stays. Its logprob is as
     # computed: another logit may be as near below as 2^-24 = 5.96e-8 of the maximum.
-    rounding = 5.9e-8 if inner is None else 2.4e-7
+    rounding = _ROUNDING if inner is None else _TANH_ROUNDING
     is_top1 = shift >= -rounding * tl.abs(maximum)
     shift = tl.where(shift > 0.0, 0.0, shift)
     logprob = shift - log_sum
@@ -100,6 +103,15 @@ def put_stats(
     tl.store(table_ptr + _LOG_SUM * stride_table, log_sum, mask)
     tl.store(table_ptr + _MEAN_SHIFT * stride_table, mean_shift, mask)
     return logprob, entropy, lse
+
+
+@triton.jit
+def put_sums(maximum, row_sum, weighted_sum, label_logit, table_ptr, stride_table, mask):
+    """Write the sums of a row, or of a block of rows, of one shard: to `row_table.UNJOINED`."""
+    tl.store(table_ptr + _MAXIMUM * stride_table, maximum, mask)
+    tl.store(table_ptr + _LOG_SUM * stride_table, row_sum, mask)
+    tl.store(table_ptr + _MEAN_SHIFT * stride_table, weighted_sum, mask)
+    tl.store(table_ptr + _LOGPROBS * stride_table, label_logit, mask)
 
 
 # the table's stride is the number of rows, another in every call
@@ -127,6 +139,7 @@ def row_stats_kernel(
     kl_coef,
     rho_cap,
     rho_floor,
+    IS_SHARD: tl.constexpr,  # sums alone, to be joined with those of other columns
     POLICY: tl.constexpr,  # None: statistics alone
     KL_ESTIMATOR: tl.constexpr,
     RHO_MODE: tl.constexpr,
@@ -164,17 +177,20 @@ def row_stats_kernel(
     if bias_ptr is not None:
         label_bias = tl.load(bias_ptr + label, mask=is_inside, other=0.0)
     label_logit = logits_of(label_raw, label_bias, inner, outer)
-    logprob, entropy, lse = put_stats(
-        label, label_logit, maximum, row_sum, weighted_sum, inner, table_ptr, stride_table, None
-    )
-    if POLICY is not None:
-        put_objective(
-            row, logprob, entropy, lse, table_ptr, stride_table,
-            token_weights_ptr, advantages_ptr, entropy_weights_ptr, z_loss_weights_ptr,
-            old_logprobs_ptr, rollout_logprobs_ptr, ref_logprobs_ptr,
-            clip_low, clip_high, kl_coef, rho_cap, rho_floor,
-            POLICY, KL_ESTIMATOR, RHO_MODE, USES_KL,
-        )  # fmt: skip
+    if IS_SHARD:
+        put_sums(maximum, row_sum, weighted_sum, label_logit, table_ptr, stride_table, None)
+    else:
+        logprob, entropy, lse = put_stats(
+            label, label_logit, maximum, row_sum, weighted_sum, inner, table_ptr, stride_table, None
+        )
+        if POLICY is not None:
+            put_objective(
+                row, logprob, entropy, lse, table_ptr, stride_table,
+                token_weights_ptr, advantages_ptr, entropy_weights_ptr, z_loss_weights_ptr,
+                old_logprobs_ptr, rollout_logprobs_ptr, ref_logprobs_ptr,
+                clip_low, clip_high, kl_coef, rho_cap, rho_floor,
+                POLICY, KL_ESTIMATOR, RHO_MODE, USES_KL,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -269,6 +285,11 @@ def row_grad_kernel(
         tl.store(d_raw_ptr + num_full + offs_v, dz.to(d_raw_ptr.dtype.element_ty), mask=mask_v)
 
 
+def rounding(view: LogitView) -> float:
+    """How far a label's logit may be from the maximum, as a part of it, where it is the maximum."""
+    return ROUNDING if view.inner is None else TANH_ROUNDING
+
+
 def block(vocab_size: int) -> dict[str, int]:
     """The tile of a row: no wider than a small vocabulary needs."""
     return {"BLOCK_V": min(BLOCK_V, max(16, 1 << (vocab_size - 1).bit_length()))}
@@ -299,8 +320,13 @@ def row_stats(
     rows: slice,
     spec: ObjectiveSpec | None = None,
     inputs: TokenInputs | None = None,  # of [C], with spec
+    *,
+    is_shard: bool = False,
 ) -> None:
-    """Write the statistics of ``raw`` to ``rows`` of the table; with ``spec`` the loss as well."""
+    """Write the statistics of ``raw`` to ``rows`` of the table; with ``spec`` the loss as well.
+
+    ``is_shard``: sums instead, to `row_table.UNJOINED`.
+    """
     names = (
         "token_weights", "advantages", "entropy_weights", "z_loss_weights", "old_logprobs",
         "rollout_logprobs", "ref_logprobs",
@@ -319,6 +345,7 @@ def row_stats(
             for name in names
         },
         **{name: 0.0 if spec is None else float(getattr(spec, name)) for name in bounds},
+        "IS_SHARD": is_shard,
         "POLICY": None if spec is None else spec.policy,
         "KL_ESTIMATOR": "k3" if spec is None else spec.kl_estimator,
         "RHO_MODE": None if spec is None else spec.rho_mode,

@@ -89,7 +89,8 @@ def check_plain(name: str, tensor: object) -> None:
             f"{name}: expected a plain Tensor, got a DTensor with placements {placements}. "
             "Call the loss inside the forward of the module that owns it, where FSDP2 has gathered "
             f"its parameters. {name}.full_tensor() does where nothing needs a gradient, and there "
-            "alone: it does not add up the ranks' gradients."
+            "alone: it does not add up the ranks' gradients. A head whose vocabulary is sharded on "
+            f"purpose (tensor parallelism): pass {name}.to_local(), process_group and vocab_start."
         )
 
 
@@ -338,25 +339,6 @@ def check_workspace(workspace_bytes: int | None) -> None:
         raise ValueError(
             f"workspace_bytes: expected bytes above 0 or None, got {workspace_bytes!r}. "
             "Pass None for the default."
-        )
-
-
-def check_vocabulary_shard(process_group: object, vocab_start: int) -> None:
-    """Vocabulary-parallel heads are not part of this version.
-
-    Raises:
-        NotImplementedError: a process group was given.
-        ValueError: a shard was given without one.
-    """
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: vocabulary-parallel heads are not implemented. Pass process_group=None "
-            "and the whole weight [V, D]."
-        )
-    if vocab_start != 0:
-        raise ValueError(
-            f"vocab_start: expected 0 without a process_group, got {vocab_start}. "
-            "Pass the whole weight."
         )
 
 

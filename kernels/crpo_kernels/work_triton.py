@@ -1,17 +1,22 @@
-"""The row work in Triton, as `chunked` asks for it: a chunk at a time, results in the table."""
+"""What `chunked` asks of Triton: row work a chunk at a time, or all of scoring; into the table."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from . import linear_triton
 from .exps_triton import row_exp
-from .row_table import COLUMNS, TERMS, RowTable
-from .rows_triton import row_grad, row_stats
+from .quantised import quantised
+from .row_table import COLUMNS, OUTPUTS, SUMS, TERMS, UNJOINED, RowTable
+from .rows_triton import rounding, row_grad, row_stats
 from .terms import Coefficients, evaluate
+from .vocab_parallel import no_sums, put_sums
 
 if TYPE_CHECKING:
+    from .chunked import Head
     from .row_table import Objective
     from .rows import LogitView, RowStats
 
@@ -20,6 +25,16 @@ class TritonRows:
     """`row_table.RowWork` by the kernels, and what keeps exponentials instead of logits."""
 
     loss_columns: tuple[str, ...] = COLUMNS
+
+    def sums(self, raw: Tensor, labels: Tensor, view: LogitView) -> Tensor:  # [4, C]
+        """M, s, t and the label's logit of the rows of ``raw`` ``[C, V]``."""
+        table = RowTable(UNJOINED, raw.shape[0], raw, torch.float32)
+        row_stats(raw, labels, view, table, slice(None), is_shard=True)
+        return table.values
+
+    def rounding(self, view: LogitView) -> float:
+        """How far `sums` may have a label's logit from m, as a part of it, where it is m."""
+        return rounding(view)
 
     def put_stats(
         self,
@@ -95,3 +110,28 @@ class TritonRows:
     ) -> None:
         """Turn exponentials into d loss / d raw in place."""
         row_grad(exps, exps, labels, view, stats, coefficients, is_exp=True)
+
+
+def fused_score(hidden: Tensor, weight: Tensor, head: Head) -> RowTable:
+    """Statistics of all counted rows ``[n]`` by the kernel that writes no logits."""
+    num_rows, is_shard = head.labels.numel(), head.shard is not None
+    table = RowTable((*SUMS, *OUTPUTS), num_rows, hidden, torch.float32)
+    if not weight.shape[0]:
+        put_sums(table, slice(0, num_rows), no_sums(num_rows, torch.float32, hidden))
+    columns = None if head.head_dtype is None or not num_rows else quantised(weight)
+    for group in head.plan.groups(num_rows) if weight.shape[0] else ():
+        for rows in group:
+            counted = None if head.rows is None else head.rows[rows]
+            states = hidden[rows] if counted is None else hidden.index_select(0, counted)
+            where = (head.labels[rows], head.view.take(rows), table, rows)
+            if columns is None:
+                linear_triton.linear_stats(states, weight, *where, is_shard=is_shard)
+                continue
+            values, scales = quantised(states)
+            scales = (scales, columns.scales)
+            linear_triton.linear_stats(
+                values, columns.values, *where, scales=scales, is_shard=is_shard
+            )
+    if head.shard is not None:
+        head.shard.join_table(table, slice(0, num_rows), head.labels, rounding(head.view))
+    return table
