@@ -40,7 +40,7 @@ def imported_by(script: Path) -> set[str]:
     return set(re.findall(r"^\s*(?:from|import) (\w+)", script.read_text("utf-8"), re.MULTILINE))
 
 
-def output_of(script: Path) -> str:
+def output_of(script: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What it prints: here when one process runs it, else in processes of its own."""
     for name in OPTIONAL:
         if name in imported_by(script) and importlib.util.find_spec(name) is None:
@@ -48,7 +48,8 @@ def output_of(script: Path) -> str:
     words = command_of(script)
     if words[:1] == ["python"] and len(words) == 2:
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(sys, "argv", words[1:])
             runpy.run_path(str(script), run_name="__main__")
         return printed.getvalue()
     module = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
@@ -94,8 +95,8 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_example(script):
-    printed = output_of(script)
+def test_example(script, monkeypatch):
+    printed = output_of(script, monkeypatch)
     assert printed.strip(), "an example shows something"
     CHECKS.get(script.stem, str)(printed)
 
