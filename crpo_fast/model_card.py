@@ -242,6 +242,13 @@ def _training(config: Config, facts: dict[str, Any]) -> str:
             f"`{entropy.controller}`, schedule `{entropy.schedule}`, M = {entropy.magnitude:g}; "
             f"positive is a penalty: {coefs or 'no stages'}."
         )
+    lora = config.lora
+    if lora.rank:
+        where = ", ".join(f"`{name}`" for name in lora.targets) or "all Linears of the blocks"
+        lines.append(
+            f"\nOnly LoRA adapters were trained (rank {lora.rank}, alpha {lora.alpha:g}, on {where}"
+            f"{' and lm_head' if lora.head else ''}); here they are merged into the weights."
+        )
     master = "fp64" if config.model.compute_dtype == "float64" else "fp32"
     lines.append(
         f"\nMaster weights in {master}, compute in {config.model.compute_dtype}, AdamW; "

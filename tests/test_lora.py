@@ -103,6 +103,24 @@ def test_rollouts_are_of_the_adapted_weights_and_the_reference_of_the_base(
         distributed.shutdown()
 
 
+@needs_peft
+def test_dropout_is_of_training_forwards_alone() -> None:
+    """Not of scores, by which ratios and KL are made; the training mode comes back."""
+    world = distributed.init(threads=1)
+    try:
+        settings = LoraConfig(rank=3, alpha=6.0, dropout=0.5)
+        policy = policies.create(
+            adapted(False, torch.float32, settings), world, compute_dtype=torch.float32
+        )
+        (batch,) = pack(sequences()[:2], 99, layout="packed")
+        once, again = (policy.logprobs(batch, 1.0) for _ in range(2))
+        assert torch.equal(once, again)
+        first, second = (policy(batch, lambda hidden, weight: hidden.detach()) for _ in range(2))
+        assert (first - second).abs().max() > 1e-3
+    finally:
+        distributed.shutdown()
+
+
 class Tokenizer:
     """Writes nothing."""
 
@@ -158,29 +176,32 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @needs_peft
-def test_a_run_that_stopped_goes_on_to_the_bit(
+def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_to_the_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In bf16, where FSDP casts; adapters alone are in checkpoints and have a state."""
     short = (*LORA, "--model.compute_dtype", "bfloat16", "--phases.0.steps", "2")
     short += ("--phases.1.steps", "2", "--objective.kl_coef", "0.1", "--rollout.max_mismatch", "1")
-    whole, capped = tmp_path / "whole", tmp_path / "capped"
+    short += ("--report.probe_every", "0")
+    whole, later = tmp_path / "whole", tmp_path / "later"
     assert train.main([TINY, "--run.dir", str(whole), *short]) == 0
     out = capsys.readouterr().out
     assert "trained (LoRA of rank 3 on the blocks, lm_head)" in out
     assert "lora_head of rank 3 beside a frozen weight: 4NVD + 6NVr operations" in out
-    assert train.main([TINY, "--run.dir", str(capped), *short, "--train.max_steps", "1"]) == 0
-    assert train.main([TINY, "--run.dir", str(capped), *short]) == 0
-    assert records(capped) == records(whole)
+    start = str(whole / "checkpoints" / "step_3")
+    assert train.main([TINY, "--run.dir", str(later), *short, "--run.resume", start]) == 0
+    assert records(later) == records(whole)[3:]
     assert records(whole)[2]["kl"] > 0, "the cold start moved the policy from the base"
     for name in ("checkpoints/step_4/model", "checkpoints/step_4/optimizer", "final/model"):
         file = f"{name}.safetensors"
-        assert (capped / file).read_bytes() == (whole / file).read_bytes(), file
+        assert (later / file).read_bytes() == (whole / file).read_bytes(), file
     names = set(load_file(whole / "checkpoints/step_4/model.safetensors"))
     assert all(".lora_" in name for name in names)
     state = load_file(whole / "checkpoints/step_4/optimizer.safetensors")
     assert {key.split("|")[0] for key in state} == names
     assert (whole / "adapter" / "adapter_config.json").is_file()
+    card = " ".join((whole / "final" / "README.md").read_text().split())
+    assert "Only LoRA adapters were trained (rank 3, alpha 6, on all Linears of the blocks" in card
     final = AutoModelForCausalLM.from_pretrained(whole / "final")
     assert not final.config.tie_word_embeddings
     assert isinstance(final.get_output_embeddings(), torch.nn.Linear)
