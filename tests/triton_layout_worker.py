@@ -8,14 +8,10 @@ Imports come once; the ranks of each group are forks of this process over gloo.
 from __future__ import annotations
 
 import contextlib
-import json
-import multiprocessing
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +29,7 @@ import layout_worker
 from crpo_fast.distributed import World
 from crpo_fast.loss import LossSpec
 from crpo_kernels import exps_triton, launch_triton, linear_policy_loss, rows_triton
+from forked_ranks import run_group
 from triton_layout_cases import (
     BLOCK_V,
     TRAINER_CASES,
@@ -46,7 +43,6 @@ from triton_layout_cases import (
     make_pieces,
 )
 
-LIMIT = timedelta(seconds=60)  # that a rank waits for another one
 KERNELS = (rows_triton.__name__, exps_triton.__name__)  # modules that start them
 Results = dict[str, Any]
 
@@ -200,41 +196,12 @@ def checks(rank: int, size: int) -> Results:
     return {"cases": cases, "steps": trained(rank, size), "refused": refused(size)}
 
 
-def run_rank(rank: int, size: int, out: Path, work: Callable[[int, int], Results]) -> None:
-    """One process of a group."""
-    rows_triton.BLOCK_V = BLOCK_V
-    store = dist.FileStore(str(out / f"store_{size}"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=LIMIT)
-    try:
-        results = work(rank, size)
-    except BaseException:
-        print(f"rank {rank} of {size}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        raise
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, results)
-    if rank == 0:
-        (out / f"{size}.json").write_text(json.dumps(gathered), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def main() -> int:
     out = Path(sys.argv[1])
     assert launch_triton.is_interpreted(), "expected TRITON_INTERPRET=1"
     assert VOCAB > 2 * BLOCK_V
-    torch.set_num_threads(1)
-    fork = multiprocessing.get_context("fork")
-    for size in (1, 2, 4):
-        ranks = [
-            fork.Process(target=run_rank, args=(rank, size, out, checks)) for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            return 1
-    return 0
+    rows_triton.BLOCK_V = BLOCK_V
+    return int(not all(run_group(size, out, checks) for size in (1, 2, 4)))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,9 @@ rank against the dense oracle on the whole head in fp64.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import multiprocessing
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +22,7 @@ from torch import Tensor
 
 import crpo_kernels as ck
 from benchmarks.live_bytes import LiveBytes
+from forked_ranks import run_group
 from numerics import TINY, make_problem
 from vocab_parallel_cases import (
     EVERYTHING,
@@ -39,7 +36,6 @@ from vocab_parallel_cases import (
     run,
 )
 
-LIMIT = timedelta(seconds=30)  # that a rank waits for another one
 COLLECTIVES = ("all_gather", "all_reduce", "all_to_all_single")
 Results = dict[str, Any]
 
@@ -340,39 +336,10 @@ def triton_checks(_rank: int, size: int) -> Results:
     return results
 
 
-def run_rank(rank: int, size: int, out: Path, work: Callable[[int, int], Results]) -> None:
-    """One process of a group."""
-    store = dist.FileStore(str(out / f"store_{size}"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=LIMIT)
-    try:
-        results = work(rank, size)
-    except BaseException:
-        print(f"rank {rank} of {size}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        raise
-    gathered: list[Any] = [None] * size
-    dist.all_gather_object(gathered, results)
-    if rank == 0:
-        (out / f"{size}.json").write_text(json.dumps(gathered), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def main() -> int:
     out, is_triton = Path(sys.argv[1]), "triton" in sys.argv[2:]
     work = triton_checks if is_triton else checks
-    torch.set_num_threads(1)
-    fork = multiprocessing.get_context("fork")
-    for size in (2,) if is_triton else (2, 3):
-        ranks = [
-            fork.Process(target=run_rank, args=(rank, size, out, work)) for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            return 1
-    return 0
+    return int(not all(run_group(size, out, work) for size in ((2,) if is_triton else (2, 3))))
 
 
 if __name__ == "__main__":
