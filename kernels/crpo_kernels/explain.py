@@ -68,9 +68,7 @@ def explain_choice(
     Raises:
         ValueError: what a call of these sizes would refuse, or an unknown name; with the reason.
     """
-    _check_sizes(
-        num_rows=num_rows, vocab_size=vocab_size, hidden_size=hidden_size, lora_rank=lora_rank
-    )
+    _check_sizes(num_rows=num_rows, hidden_size=hidden_size, lora_rank=lora_rank)
     shard_size = _shard_size(vocab_size, num_ranks)
     hidden, weight = _stand_ins(shard_size, hidden_size, dtype, _checked_device(device))
     check_workspace(workspace_bytes)
@@ -147,6 +145,7 @@ def _row_passes(plan: Plan, eager_reason: str | None) -> str:
 
 def _shard_size(vocab_size: int, num_ranks: int) -> int:
     """Rows of the largest of shards as even as can be."""
+    _check_sizes(vocab_size=vocab_size)
     _check_sizes(1, num_ranks=num_ranks)
     return -(-vocab_size // num_ranks)
 
