@@ -1,0 +1,1 @@
+"""The fused loss and stage entropy inside other trainers; each module needs that trainer."""
