@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
-from crpo_fast.policy import UnsupportedModelError, head_options
+from crpo_fast.integrations.causal_lm import add_fused_head
 from crpo_kernels import linear_logprobs
 
 # (hidden [B, L, D], weight [V, D], labels [B, L], **head arguments) -> HeadOutput
@@ -56,12 +55,13 @@ def install_head(
     Raises:
         UnsupportedModelError: the head does something that the kernels do not.
     """
-    arguments = {"temperature": temperature, **head_options(model), **options}
-    plain = model.forward
+    head, for_generation = model.get_output_embeddings(), model.get_output_embeddings().forward
+    add_fused_head(model)
+    fused_head, plain = head.forward, model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(
-        self: Any,
+        self: Any,  # noqa: ARG001  (a method of the model)
         *args: Any,
         fused_lm_head: bool = False,
         labels: Tensor | None = None,  # [B, L + 1] not shifted
@@ -71,18 +71,22 @@ def install_head(
         if not fused_lm_head:
             return plain(*args, **({} if labels is None else {"labels": labels}), **kwargs)
         assert labels is not None, "there is no logprob without a label"
-        kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]  # [B, L, D]
-        head = self.get_output_embeddings()
-        _check_weight(head.weight)
-        bias = {} if head.bias is None else {"bias": head.bias}
-        compute = logprobs if compute is None else compute
-        if not in_fp32:
-            return compute(hidden, head.weight, labels[:, 1:], **bias, **arguments)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return compute(hidden.float(), head.weight, labels[:, 1:], **bias, **arguments)
+
+        def run(hidden: Tensor, weight: Tensor, **found: Any) -> HeadOutput:
+            arguments = {"temperature": temperature, **found, **options}
+            function, hidden = compute or logprobs, hidden[:, :-1]  # [B, L, D]
+            if not in_fp32:
+                return function(hidden, weight, labels[:, 1:], **arguments)
+            with torch.autocast(hidden.device.type, enabled=False):
+                return function(hidden.float(), weight, labels[:, 1:], **arguments)
+
+        return plain(*args, head=run, **kwargs)
+
+    def head_forward(hidden: Tensor, *arguments: Any) -> Any:
+        return fused_head(hidden, *arguments) if arguments else for_generation(hidden)
 
     model.forward = types.MethodType(forward, model)
+    head.forward = head_forward
 
 
 def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any) -> HeadOutput:
@@ -91,12 +95,3 @@ def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any) -> Hea
     return HeadOutput(
         log_probs=out.logprobs.view(labels.shape), entropy=out.entropy.view(labels.shape)
     )
-
-
-def _check_weight(weight: Tensor) -> None:
-    if isinstance(weight, DTensor) or hasattr(weight, "ds_id"):
-        raise UnsupportedModelError(
-            f"lm_head: expected a whole weight, got one that is sharded ({type(weight).__name__}). "
-            "Train with DistributedDataParallel or DeepSpeed ZeRO stages 0 to 2, or shard the "
-            "blocks alone."
-        )
