@@ -96,12 +96,12 @@ def _check_lora(config: Config) -> None:
         raise ConfigError(
             "lora.dropout: expected 0 with lora.head, got "
             f"{settings.dropout}. The loss reads lm_head's adapter from the hidden states that "
-            "lm_head itself gets; type --lora.dropout 0, or --no-lora.head."
+            "lm_head itself gets; type --lora.dropout 0, or --lora.no_head."
         )
     if config.model.freeze_head:
         raise ConfigError(
             "model.freeze_head: expected false with LoRA, which trains adapters alone, got true. "
-            "Type --no-model.freeze_head; lm_head has an adapter with --lora.head only."
+            "Type --model.no_freeze_head; lm_head has an adapter with --lora.head only."
         )
 
 

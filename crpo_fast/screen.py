@@ -187,7 +187,8 @@ def _scoring(session: Session) -> str:
         **scoring_options(config),
     )
     head = "" if config.train.score_head == "full" else f"; head in {config.train.score_head}"
-    return f"{choice.partition('), scoring ')[2]}{head}"  # the backend is that of the loss
+    text = choice.partition("), scoring ")[2]  # the backend is that of the loss
+    return f"{text.partition('; lora_head')[0]}{head}"  # its cost stands there, too
 
 
 def _rollouts(config: Config) -> str:

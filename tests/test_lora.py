@@ -217,14 +217,20 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_to_the_bit(
         (["--lora.rank", "2", "--lora.dropout", "1"], r"lora.dropout: expected numbers in \[0, 1"),
         (
             ["--lora.rank", "2", "--lora.head", "--lora.dropout", ".1"],
-            r"lora.dropout: expected 0 with lora.head, got 0.1\. .*type --lora.dropout 0",
+            r"lora.dropout: expected 0 with lora.head, got 0.1\. .* 0, or --lora.no_head",
         ),
-        (["--lora.rank", "2", "--model.freeze_head"], r"model.freeze_head: expected false with Lo"),
+        (["--lora.rank", "2", "--model.freeze_head"], r"model.freeze_head: .* --model.no_freeze_h"),
     ],
 )
 def test_bad_settings_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_arguments([TINY, *options])
+
+
+def test_what_the_refusals_say_can_be_typed() -> None:
+    options = ("--lora.rank", "2", "--lora.head", "--lora.no_head", "--lora.dropout", "0.1")
+    config = parse_arguments([TINY, *options, "--model.freeze_head", "--model.no_freeze_head"])
+    assert config.lora == LoraConfig(rank=2, dropout=0.1)
 
 
 @needs_peft

@@ -64,6 +64,7 @@ import torch
 from torch import Tensor
 
 from .call import HeadCall
+from .lora import rank_of
 from .spec import Logprobs, ObjectiveSpec, RunOptions, TokenStats
 from .traced import HeadInputs, traced_logprobs, traced_policy_loss
 from .validate import check_objective
@@ -203,8 +204,7 @@ def _policy_loss(
 def _head_options(inputs: HeadInputs) -> tuple:
     """What ranks that share a head must all be told of it, but for tensors."""
     numbers = [x for x in inputs.transform if not isinstance(x, Tensor)]
-    rank = None if inputs.lora_head is None else len(inputs.lora_head[0])
-    return (inputs.bias is None, inputs.rows is None, rank, numbers)
+    return (inputs.bias is None, inputs.rows is None, rank_of(inputs.lora_head), numbers)
 
 
 def _outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:

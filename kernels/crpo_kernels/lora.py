@@ -45,6 +45,12 @@ def with_adapter(factors: Factors, lora_head: object) -> Factors:
     return factors._replace(states=states, up=up.to(hidden.dtype))
 
 
+def rank_of(lora_head: Any) -> int | None:
+    """R of an adapter that need not be one; None where there is none to be seen."""
+    down = lora_head[0] if isinstance(lora_head, tuple | list) and lora_head else None
+    return down.shape[0] if isinstance(down, Tensor) and down.dim() else None
+
+
 def _checked(lora_head: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
     vocab, dim = weight.shape
     expected = EXPECTED.format(dim=dim, vocab=vocab)
