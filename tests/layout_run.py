@@ -33,6 +33,7 @@ OPTIONS = {
     "objective.bnpo_group": 5,
     "objective.rho_mode": "truncate",
     "objective.kl_coef": 0.1,
+    "train.layout": "shared",
     "train.token_budget": 160,
     "train.updates_per_rollout": 4,
     "train.minibatches": 2,

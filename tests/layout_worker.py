@@ -188,9 +188,10 @@ def main() -> None:
     world, out = distributed.init(threads=1), Path(sys.argv[1])
     start = time.monotonic()
     results: dict[str, Any] = {"gradients": gradients(world)}
+    base = replace(BASE, kl="none", shares="skewed")
     results["two_steps"] = [
-        two_steps(world, replace(BASE, kl="none", tied=tied, checkpointing=on, shares="skewed"))
-        for tied, on in ((True, False), (False, True))
+        two_steps(world, replace(base, tied=tied, checkpointing=not tied, layout=layout))
+        for tied, layout in ((True, "packed"), (False, "shared"))
     ]
     bf16(world, out)
     if world.is_main:

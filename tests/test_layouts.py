@@ -97,14 +97,17 @@ def test_metrics_equal_the_dense_reference_and_one_rank(ranks: int, results: Res
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_what_the_cases_did(ranks: int, results: Results) -> None:
-    """1 to 8 micro-batches with tokens; ranks without any token; ranks that ran dummies."""
-    rows = [r["rows"] for r in results(ranks)[0]["gradients"]]
+    """1 to 8 micro-batches with tokens; ranks without any token; dummies in every layout."""
+    found = results(ranks)[0]["gradients"]
+    rows = [r["rows"] for r in found]
     busy = [[sum(n > 0 for n in mine) for mine in case] for case in rows]
     assert {max(case) for case in busy} == set(range(1, 9))
     assert all(len({len(mine) for mine in case}) == 1 for case in rows)  # as many on every rank
     if ranks > 1:
         assert any(0 in case for case in busy)
         assert any(min(case) < max(case) for case in busy if 0 not in case)
+        uneven = [r["case"] for r, case in zip(found, busy, strict=True) if min(case) < max(case)]
+        assert {covering_set()[i].layout for i in uneven} == set(FACTORS["layout"])
 
 
 @pytest.mark.parametrize("ranks", RANKS)
