@@ -33,7 +33,7 @@ from crpo_fast.task import (
     load_rows,
 )
 from crpo_fast.timing import timer
-from crpo_kernels import choose_backend, explain_choice, unsupported_reason
+from crpo_kernels import explain_choice, unsupported_reason
 
 ENGINES = {"hf": HFEngine, "static": StaticEngine}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -119,37 +119,18 @@ def check_scoring(config: Config, device: torch.device) -> None:
     """
     if config.train.score_kernel != "fused":
         return
-    reason, dtype = None, DTYPES[config.model.compute_dtype]
-    backend = choose_backend(config.train.loss_backend, device, dtype)
-    if backend.name != "triton":
-        reason = f"the kernel belongs to the backend triton, and {backend.name} runs"
-        reason += f" ({backend.reason})"
-    elif device.type != "cuda" or torch.cuda.is_available():
-        reason = _refusal(config, device)
+    reason = unsupported_reason(
+        config.train.loss_backend,
+        device,
+        DTYPES[config.model.compute_dtype],
+        lora_rank=head_rank(config),
+        **scoring_options(config),
+    )
     if reason is not None:
         raise ConfigError(
             f"train.score_kernel: expected auto or chunks here, got 'fused': {reason}. Type "
             "--train.score_kernel auto."
         )
-
-
-def _refusal(config: Config, device: torch.device) -> str | None:
-    """What the kernels say against scoring as the config has it; sizes do not matter for that."""
-    try:
-        explain_choice(
-            num_rows=1,
-            vocab_size=1,
-            hidden_size=1,
-            dtype=DTYPES[config.model.compute_dtype],
-            device=device,
-            is_scoring=True,
-            lora_rank=head_rank(config),
-            **kernel_options(config),
-            **scoring_options(config),
-        )
-    except ValueError as error:
-        return str(error).partition("got 'fused': ")[2].partition(". ")[0]
-    return None
 
 
 def check_layout(config: Config, model: Any) -> None:

@@ -176,6 +176,28 @@ def test_torch_and_dense_run_anywhere(without_triton):
         unsupported_reason("tritn", CPU, BF16)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, None),
+        ({"head_dtype": torch.float8_e4m3fn}, "no tile of the kernel multiplies e4m3 on Test GPU"),
+        ({"backend": "torch"}, "belongs to the backend triton, and torch runs (asked for)"),
+        ({"dtype": torch.float64}, "torch runs (triton does not run: hidden is float64"),
+        ({"backend": "triton", "dtype": torch.float64}, "hidden is float64"),
+    ],
+)
+def test_why_the_fused_kernel_cannot_score(options, words, gpu):
+    gpu.capability = (8, 0)
+    asked = {"backend": "auto", "device": GPU, "dtype": BF16, **options}
+    reason = unsupported_reason(**asked, mode="fused")
+    assert reason is None if words is None else words in str(reason)
+    asked.pop("head_dtype", None)
+    if asked["backend"] != "triton":
+        assert unsupported_reason(**asked) is None
+    with pytest.raises(ValueError, match=r"mode: .* Did you mean 'fused'"):
+        unsupported_reason(**asked, mode="fussed")
+
+
 def test_auto_says_once_a_process_what_it_took_and_why(without_triton, caplog):
     dispatch._log_once.cache_clear()
     caplog.set_level("INFO", logger="crpo_kernels")

@@ -33,7 +33,6 @@ from .quantised import check_head_dtype, widened
 from .reference import dense_logits, dense_logprobs
 from .row_table import Objective, RowTable
 from .rows import LogitView
-from .scorer import scorer_reason
 from .spec import Logprobs, ObjectiveSpec, RunOptions, TokenInputs, TokenStats
 from .terms import LossRows, Sequences
 from .validate import (
@@ -214,8 +213,7 @@ class HeadCall:
             most_rows=None if shard is None else shard.most,
         )  # fmt: skip
         if is_scoring:
-            plan, scorer = plan_scoring(sizes, run.mode, choice.reason)
-            why = scorer_reason(scorer)
+            plan, why = plan_scoring(sizes, run.mode, choice.reason)
         else:
             plan, reason = choose_plan(sizes, run.mode, one_pass_reason, lengths)
             why = mode_reason(plan, reason)

@@ -194,7 +194,7 @@ class Chunks:
 def score(factors: Factors, head: Head) -> tuple[RowTable, Tensor | None]:
     """Statistics of all counted rows ``[n]``, and what the plan keeps for their gradient."""
     hidden, weight = factors[:2]
-    if head.plan.scorer == "fused":
+    if head.plan.mode == "fused":
         from .work_triton import fused_score  # needs triton
 
         with without_autocast(hidden), torch.no_grad():

@@ -28,7 +28,7 @@ import torch
 
 from .aligned import Lengths, TooLong, align, modelled_cost
 from .plan import HeadSizes, Plan, Room, fused_plan, make_plan, make_room
-from .scorer import ScorerChoice, choose_scorer
+from .scorer import choose_scorer, kernel_obstacle, scorer_reason
 from .spec import ObjectiveSpec, check_choice
 from .support import Obstacle, describe_triton, triton_obstacle, unasked_reason
 
@@ -50,13 +50,31 @@ class BackendChoice(NamedTuple):
     reason: str
 
 
-def unsupported_reason(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
+def unsupported_reason(
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    mode: str = "auto",
+    head_dtype: torch.dtype | None = None,
+    lora_rank: int = 0,
+) -> str | None:
     """Why ``backend`` cannot run on tensors of this device and dtype, or None where it can.
+
+    With ``mode="fused"`` also why the fused kernel cannot score them there, with a head in
+    ``head_dtype`` and an adapter of ``lora_rank`` (0: none); the other modes run wherever their backend does.
 
     Raises:
         ValueError: an unknown name.
     """
-    obstacle = _obstacle(backend, torch.device(device), dtype)
+    check_choice("mode", mode, MODES)
+    device = torch.device(device)
+    obstacle = _obstacle(backend, device, dtype)
+    if obstacle is None and mode == "fused":
+        choice = choose_backend(backend, device, dtype)
+        obstacle = kernel_obstacle(
+            choice.name, choice.reason, device, dtype, head_dtype, lora_rank=lora_rank
+        )
     return None if obstacle is None else obstacle.reason
 
 
@@ -143,7 +161,7 @@ def choose_plan(
     return choose_aligned(mode, lengths, plan_of, room, sizes.needs)
 
 
-def plan_scoring(sizes: HeadSizes, mode: str, backend_reason: str) -> tuple[Plan, ScorerChoice]:
+def plan_scoring(sizes: HeadSizes, mode: str, backend_reason: str) -> tuple[Plan, str]:
     """How `linear_logprobs` runs without gradients, and why.
 
     Args:
@@ -157,9 +175,9 @@ def plan_scoring(sizes: HeadSizes, mode: str, backend_reason: str) -> tuple[Plan
     """
     check_choice("mode", mode, MODES)
     choice = choose_scorer(mode, sizes, backend_reason)
-    if choice.name == "fused":
-        return fused_plan(sizes), choice
-    return choose_plan(sizes, mode, None, None)[0], choice
+    is_fused = choice.name == "fused"
+    plan = fused_plan(sizes) if is_fused else choose_plan(sizes, mode, None, None)[0]
+    return plan, scorer_reason(choice)
 
 
 def choose_aligned(

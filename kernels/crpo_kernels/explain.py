@@ -22,7 +22,6 @@ from .factors import NO_NEEDS, Needs
 from .lora import operations
 from .plan import HeadSizes, Plan
 from .quantised import check_head_dtype
-from .scorer import scorer_reason
 from .spec import ObjectiveSpec
 from .validate import check_tensors, check_workspace
 
@@ -109,8 +108,7 @@ def _plan(
 ) -> tuple[Plan, str]:
     """How the call would run, and why."""
     if one_pass is None:
-        plan, scorer = plan_scoring(sizes, mode, backend_reason)
-        return plan, scorer_reason(scorer)
+        return plan_scoring(sizes, mode, backend_reason)
     plan, reason = choose_plan(sizes, mode, *one_pass)
     return plan, mode_reason(plan, reason)
 
@@ -133,7 +131,7 @@ def _stand_ins(
 
 
 def _row_passes(plan: Plan, eager_reason: str | None) -> str:
-    if plan.scorer == "fused":
+    if plan.mode == "fused":
         return "no row passes: statistics are made with the product"
     passes = {
         "triton": "row passes by Triton kernels",

@@ -139,7 +139,7 @@ def descriptor_obstacle(matrix: Tensor) -> str | None:
     return None
 
 
-def is_wide(matrix: Tensor) -> bool:
+def has_wide_rows(matrix: Tensor) -> bool:
     """Whether pointers into a matrix load 16 bytes at once: Triton's hint is multiples of 16."""
     return descriptor_obstacle(matrix) is None and matrix.stride(0) % WIDE_PITCH == 0
 
@@ -166,7 +166,7 @@ def choose_tile(hidden: Tensor, weight: Tensor, target: str | None = None) -> Ti
     operands = (hidden, weight)
     if tile.uses_tma and all(descriptor_obstacle(matrix) is None for matrix in operands):
         return tile
-    if tile in (SMALL, SINGLE) or all(is_wide(matrix) for matrix in operands):
+    if tile in (SMALL, SINGLE) or all(has_wide_rows(matrix) for matrix in operands):
         return replace(tile, uses_tma=False)
     return NARROW
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .aligned import OPERATIONS_PER_BYTE_OF_GPU
 from .host import is_fake
@@ -53,62 +52,74 @@ WAYS = {
 }
 
 
-def fused_obstacle(sizes: HeadSizes, backend_reason: str, needs_any: bool) -> Obstacle | None:
+def fused_obstacle(sizes: HeadSizes, backend_reason: str) -> Obstacle | None:
     """What keeps the fused kernel from making this call, or None.
 
     Args:
         sizes: of the call, with the backend that runs.
         backend_reason: why that backend runs.
-        needs_any: a gradient is asked for.
     """
-    if needs_any:
-        return Obstacle(
-            "a gradient is asked for, of which the kernel keeps nothing",
-            "Call it under torch.no_grad(), or with detached tensors",
-        )
-    if sizes.lora_rank:
+    hidden = sizes.hidden
+    return kernel_obstacle(
+        sizes.backend, backend_reason, hidden.device, hidden.dtype, sizes.head_dtype,
+        lora_rank=sizes.lora_rank, is_fake=is_fake(hidden),
+    )  # fmt: skip
+
+
+def kernel_obstacle(
+    backend: str,
+    backend_reason: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dtype: torch.dtype | None,
+    *,
+    lora_rank: int = 0,
+    is_fake: bool = False,
+) -> Obstacle | None:
+    """What keeps the fused kernel from any tensors of this device and dtype, or None.
+
+    Args:
+        backend: that runs.
+        backend_reason: why that backend runs.
+        device: of hidden and weight; a GPU that is not here is only planned for.
+        dtype: of hidden and weight.
+        head_dtype: of a quantised head, or None.
+        lora_rank: of the head's adapter, 0 without one.
+        is_fake: they are fake tensors.
+    """
+    if lora_rank:
         return Obstacle(
             "the head has an adapter (lora_head), whose product the kernel does not add",
             "Pass mode='two_pass', or the merged weight W + scaling B A without lora_head",
         )
-    if sizes.backend == "triton":
-        return _products_obstacle(sizes)
-    hidden = sizes.hidden
-    own = triton_obstacle(hidden.device, hidden.dtype, is_fake=is_fake(hidden))
-    return Obstacle(
-        f"the kernel belongs to the backend triton, and {sizes.backend} runs ({backend_reason})",
-        "Pass backend='triton'" if own is None else own.remedy,
-    )
-
-
-def _products_obstacle(sizes: HeadSizes) -> Obstacle | None:
-    """Why this device multiplies no eight-bit rows."""
-    device = sizes.hidden.device
-    if sizes.head_dtype is None or (device.type == "cuda" and not torch.cuda.is_available()):
+    if backend != "triton":
+        own = triton_obstacle(device, dtype, is_fake=is_fake)
+        return Obstacle(
+            f"the kernel belongs to the backend triton, and {backend} runs ({backend_reason})",
+            "Pass backend='triton'" if own is None else own.remedy,
+        )
+    if head_dtype is None or (device.type == "cuda" and not torch.cuda.is_available()):
         return None
     if TILES[target_of(device)].fp8 is not None:
         return None
     return Obstacle(
-        f"no tile of the kernel multiplies e4m3 on {device_name(sizes.hidden)}",
+        f"no tile of the kernel multiplies e4m3 on {device_name(device)}",
         "Pass mode='two_pass', which widens the rows first",
     )
 
 
-def choose_scorer(
-    mode: str, sizes: HeadSizes, backend_reason: str, needs_any: bool = False
-) -> ScorerChoice:
+def choose_scorer(mode: str, sizes: HeadSizes, backend_reason: str) -> ScorerChoice:
     """The code that scores.
 
     Args:
         mode: as in the call, a known one.
         sizes: of the call, with the backend that runs.
         backend_reason: why that backend runs.
-        needs_any: a gradient is asked for.
 
     Raises:
         ValueError: the fused kernel was asked for and cannot run, with the reason.
     """
-    obstacle = fused_obstacle(sizes, backend_reason, needs_any)
+    obstacle = fused_obstacle(sizes, backend_reason)
     if mode == "fused":
         if obstacle is not None:
             raise ValueError(
@@ -134,7 +145,7 @@ def cheaper_scorer(sizes: HeadSizes, table: tuple[Measured, ...] = TABLE) -> Sco
         return ScorerChoice("fused", "Triton's interpreter has no times to choose by")
     if reason := unaligned_reason(sizes):
         return ScorerChoice("chunks", f"for the fused kernel {reason}")
-    device = device_name(hidden)
+    device = device_name(hidden.device)
     dtype = sizes.head_dtype or hidden.dtype
     vocab_size, dim = sizes.weight.shape
     shape = (sizes.num_rows, vocab_size, dim)
@@ -160,7 +171,7 @@ def unaligned_reason(sizes: HeadSizes) -> str | None:
     Eight bits and gathered rows are copies, which are contiguous whatever they were made from.
     """
     hidden, weight = sizes.hidden, sizes.weight
-    target = "sm_90" if device_name(hidden) == PLANNED else target_of(hidden.device)
+    target = "sm_90" if device_name(hidden.device) == PLANNED else target_of(hidden.device)
     dtype = sizes.head_dtype or hidden.dtype
     are_copied = sizes.head_dtype is not None or not sizes.has_strides
     if are_copied or sizes.is_gathered:
@@ -184,11 +195,11 @@ def modelled_share(sizes: HeadSizes) -> float:
     return fused / chunks
 
 
-def device_name(tensor: Tensor) -> str:
-    """The name that the driver gives the tensor's device."""
-    if tensor.device.type != "cuda" or not torch.cuda.is_available():
+def device_name(device: torch.device) -> str:
+    """The name that the driver gives a device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return PLANNED
-    return torch.cuda.get_device_name(tensor.device)
+    return torch.cuda.get_device_name(device)
 
 
 def scorer_reason(choice: ScorerChoice) -> str:
