@@ -62,7 +62,8 @@ def unsupported_reason(
     """Why ``backend`` cannot run on tensors of this device and dtype, or None where it can.
 
     With ``mode="fused"`` also why the fused kernel cannot score them there, with a head in
-    ``head_dtype`` and an adapter of ``lora_rank`` (0: none); the other modes run wherever their backend does.
+    ``head_dtype`` and an adapter of ``lora_rank`` (0: none); the other modes run wherever their
+    backend does.
 
     Raises:
         ValueError: an unknown name.
