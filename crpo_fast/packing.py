@@ -232,6 +232,7 @@ def _shared(sequences: list[Sequence], offsets: list[int], pad_id: int) -> Micro
     starts: list[int] = []
     firsts: list[int] = []
     prompt: list[int] = []
+    start = 0
     for sequence in sequences:
         if sequence.prompt_ids != prompt:
             prompt, start = sequence.prompt_ids, len(ids)
