@@ -107,7 +107,8 @@ def shares(world: World) -> list[Sequence]:
 
 def measure(world: World, tied: bool, folder: Path) -> dict[str, Any]:
     """Gradients, an update, a checkpoint and its way back; errors as max |difference| / max."""
-    policy = policies.create(adapted(tied), world, compute_dtype=torch.float64)
+    options: dict[str, Any] = {"activation_checkpointing": not tied}
+    policy = policies.create(adapted(tied), world, compute_dtype=torch.float64, **options)
     before = {k: whole(v) for k, v in policy.model.named_parameters() if ".lora_" in k}
     plain = peft_model(tied, before)
     dense_loss(plain).backward()
