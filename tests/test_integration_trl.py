@@ -51,7 +51,7 @@ SINGLE_PASS: list[dict[str, Any]] = [
     {"loss_type": "grpo", "beta": 0.1, "learning_rate": 2.0},  # KL with the gradient of k2
     {"loss_type": "dapo", **LATE, "beta": 0.1, "use_bias_correction_kl": False},
     {"loss_type": "dapo", "tools": True, "entropy_coef": 0.05},
-    {"loss_type": "bnpo", "vllm": True},
+    {"loss_type": "bnpo", "vllm": True, "use_adaptive_entropy": True, "entropy_target": 9.0},
     {"loss_type": "grpo", "vllm": True, "importance_sampling_level": "sequence"},
 ]
 TWO_PASSES: list[tuple[str, dict[str, Any]]] = [
@@ -187,6 +187,7 @@ def test_stage_entropy_adds_the_gradient_of_the_paper(model, tmp_path, options):
     )
 
 
+@pytest.mark.multirank
 def test_two_ranks(model, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
