@@ -7,6 +7,11 @@
 All samples of a prompt share one balance weight, so under ``group_std`` it cancels wherever their
 formats agree; ``weights`` multiplies the finished advantage instead (config: rewards.balance =
 "advantage").
+
+    >>> group_advantages([1.0, 0.0, 3.0, 3.0], group_size=2, scale="none")
+    [0.5, -0.5, 0.0, 0.0]
+
+Source: group_std GRPO (arXiv 2402.03300), none Dr.GRPO (2503.20783).
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-SCALES = ("group_std", "batch_std", "none")
+SCALES = ("group_std", "batch_std", "none")  # values of ``scale``
 
 
 def group_advantages(
@@ -26,13 +31,19 @@ def group_advantages(
     weights: Sequence[float] | None = None,  # [P * G]
     batch: Sequence[float] | None = None,
 ) -> list[float]:
-    """Advantages [P * G] in fp64.
-
-    ``batch`` are the rewards that ``batch_std`` is of, those of all ranks in any order; None: these
-    here are all that there are.
+    """Advantages [P * G] in fp64, in standard deviations (in units of the reward with "none").
 
     A reward that is not finite has no part in any mean or std, and its sample gets advantage 0.
     A group whose rewards are all equal, or with fewer than two usable ones, gets zeros.
+
+    Args:
+        rewards: ``[P * G]``; not finite where a sample has none.
+        group_size: G, samples of a prompt.
+        scale: "group_std", "batch_std" or "none".
+        eps: added to the standard deviation.
+        weights: ``[P * G]`` multiply the finished advantages.
+        batch: the rewards that "batch_std" is of, those of all ranks in any order; None: these
+            here are all that there are.
 
     Raises:
         ValueError: group_size below 2, lengths that do not fit, unknown scale.

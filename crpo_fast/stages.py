@@ -20,6 +20,9 @@ odd about tau and bounded by the magnitude M. beta_k > 0 is a penalty on entropy
     step      M sign(k - tau)
     explicit  every stage's own ``coef``            elsewhere a ``coef`` replaces its stage's beta_k
 
+    >>> [round(beta, 4) for beta in StageGrammar.preset("mental_r1").coefs()]
+    [-0.0592, -0.0543, -0.0277, 0.0277, 0.0543]
+
 Source: CRPO (arXiv 2606.13176) and its authors' code.
 """
 
@@ -36,7 +39,9 @@ from typing import Any
 from crpo_fast.stage_presets import PRESETS
 from crpo_fast.token_text import read_tokens
 
-SCHEDULES = ("tanh", "linear", "cosine", "step", "explicit")
+__all__ = ["SCHEDULES", "Stage", "StageGrammar"]
+
+SCHEDULES = ("tanh", "linear", "cosine", "step", "explicit")  # formulas above
 _TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -77,6 +82,17 @@ class StageGrammar:
 
     Without stages there is no prefill and no thinking part, and the format is the answer tag
     alone. An empty ``answer_tag`` (only without stages) makes the whole completion the answer.
+
+    Attributes:
+        stages: in the order of the completion.
+        schedule: of the coefficients, one of `SCHEDULES`.
+        magnitude: M, the largest |coefficient| of the schedule.
+        tau: the stage number, from 1, where the sign changes; None: (K + 2) / 2.
+        think_tag: around all stages.
+        answer_tag: around the answer.
+
+    Raises:
+        ValueError: an unknown schedule, numbers out of range, or tags that clash.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -93,7 +109,11 @@ class StageGrammar:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> StageGrammar:
-        """A named stage list; ``overrides`` are fields of the grammar.
+        """A named stage list.
+
+        Args:
+            name: of the list, such as "mental_r1"; "none": no stages.
+            **overrides: fields of the grammar.
 
         Raises:
             ValueError: unknown preset or field; the nearest valid name is offered.
@@ -181,7 +201,9 @@ class StageGrammar:
     def is_well_formed(self, completion: str) -> bool:
         """Every tag exactly once and in order, no stage and no answer empty.
 
-        Text between the tags is tolerated; the prefill is prepended where it is absent.
+        Args:
+            completion: its text; text between the tags is tolerated, and the prefill is prepended
+                where it is absent.
         """
         text = completion
         if self.stages and not text.lstrip().startswith(f"<{self.think_tag}>"):
@@ -200,7 +222,11 @@ class StageGrammar:
         return all(text[text.find(a) + len(a) : text.find(b)].strip() for a, b in pairs)
 
     def extract_answer(self, completion: str) -> str | None:
-        """What the first answer tag holds, stripped; None where there is no such pair of tags."""
+        """What the first answer tag holds, stripped; None where there is no such pair of tags.
+
+        Args:
+            completion: its text.
+        """
         if not self.answer_tag:
             return completion.strip()
         _, _, rest = completion.partition(f"<{self.answer_tag}>")

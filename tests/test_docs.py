@@ -6,7 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from crpo_fast import train
+from crpo_fast.api_reference import slug
 from crpo_fast.controller import DualAscent, DualOptions
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +55,48 @@ def test_the_file_map_has_every_module_and_no_other() -> None:
     assert sorted(named) == sorted(modules)
 
 
-def test_links_of_the_pages_exist() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            assert "://" in target or (page.parent / target).exists(), (page.name, target)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> list[str]:
+    """Of every heading, as GitHub makes them."""
+    found: list[str] = []
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    for heading in re.findall(r"^#{1,6} +(.+?) *$", text, re.MULTILINE):
+        found.append(slug(heading, found))
+    return found
+
+
+def dead_links(page: Path) -> list[str]:
+    """Links of a page to files or headings that are not there."""
+    dead = []
+    text = re.sub(r"`[^`\n]*`", "code", FENCED.sub("", page.read_text(encoding="utf-8")))
+    for link in re.findall(r"\]\(([^)\s]+)[^)]*\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name) if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_pages_exist(page: Path) -> None:
+    assert dead_links(page) == []
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# One\n## One\n```\n# no heading\n```\n", "utf-8")
+    good = "[a](other.md) [b](other.md#one-1) [`c`](#here) [d](https://x/y) `[e](code)`"
+    page = tmp_path / "page.md"
+    page.write_text(f"# Here\n{good} [f](gone.md) [g](other.md#no-heading) [h](#two)\n", "utf-8")
+    assert dead_links(page) == ["gone.md", "other.md#no-heading", "#two"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_the_pages_compiles(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.DOTALL):
+        is_header = re.search(r":( +#.*)?\n$", block)  # a signature, without its body
+        compile(block + " " * 12 + "...\n" if is_header else block, page.name, "exec")

@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from crpo_fast.policy import UnsupportedModelError, head_options
 
-# head(hidden [B, L, D], weight [V, D], **options) -> tensor or pytree of tensors
-HeadFunction = Callable[..., Any]
+HeadFunction = Callable[..., Any]  # (hidden [B, L, D], weight [V, D], **options) -> tensors
 _OF_LOGITS = ("labels", "logits_to_keep")  # arguments of a forward that make or cut logits
 
 
@@ -49,6 +48,21 @@ def add_fused_head(model: Any) -> Any:
     Raises:
         UnsupportedModelError: logits are not scale * (hidden W^T + bias), capped or not.
         ValueError: ``model`` is wrapped or sharded already.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from crpo_kernels import linear_logprobs
+        >>> sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8}
+        >>> model = LlamaForCausalLM(LlamaConfig(
+        ...     **sizes, num_hidden_layers=1, num_attention_heads=2))
+        >>> ids, labels = torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, -100]])
+        >>> def logprobs(hidden, weight, **options):             # [B, L, D], [V, D]
+        ...     return linear_logprobs(hidden, weight, labels, **options).logprobs
+        >>> found = add_fused_head(model)(ids, head=logprobs)    # [B * L]
+        >>> plain = model(ids).logits.log_softmax(-1)            # the same model without ``head``
+        >>> bool((found[:2] - plain[0, [0, 1], [2, 3]]).abs().max() < 1e-5)
+        True
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(getattr(inner, "forward", None), "crpo_options"):

@@ -44,13 +44,16 @@ from crpo_fast.task import build_grammar
 
 __all__ = ["TESTED", "CRPOTrainer", "EntropyConfig", "StageConfig", "check_version"]
 
-TESTED = ">=1.16,<1.17"
+TESTED = ">=1.16,<1.17"  # versions of TRL
 STATE_FILE = "stage_entropy.json"
 logger = logging.getLogger(__name__)
 
 
 def check_version(installed: str) -> None:
     """Refuse a TRL whose trainer nobody has compared with ours.
+
+    Args:
+        installed: a version, such as "1.16.0".
 
     Raises:
         ImportError: the range that is tested, and what to type.
@@ -78,6 +81,10 @@ class CRPOTrainer(GRPOTrainer):
     Raises:
         ConfigError: an option that this trainer has not; the message says what to set.
         UnsupportedModelError: the model's head does something that the kernels do not.
+
+    Source:
+        Stage entropy: CRPO (arXiv 2606.13176); the rest of the loss: TRL, whose metrics and options
+        keep their names and units. Entropies are in nats.
     """
 
     def __init__(

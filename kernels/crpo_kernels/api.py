@@ -14,7 +14,8 @@ Both take the head the same way:
                      the host, with CRPO_CHECK_LABELS=1 in the environment
     bias             [V] added to the products
     temperature      divides the logits, in fp32; a float or fp32 [T], above 0
-    logit_scale      multiplies products and bias;     logit_softcap   the c of c * tanh(x / c)
+    logit_scale      multiplies products and bias
+    logit_softcap    c of c * tanh(x / c), after the scale and before the temperature; None: no cap
     rows             host-side indices of the rows that count; others return 0. On a GPU this spares
                      the one synchronisation of the call, and every listed row must carry a label;
                      torch.arange(T) says that all do. While a CUDA graph is captured: on the device
@@ -47,6 +48,30 @@ Both take the head the same way:
                      d_hidden. No "dense" backend, and no operator for torch.compile
     vocab_start      rows of the vocabulary before those of this rank's weight; shards may differ in
                      size and tile the vocabulary. Padded: pass weight[:valid], empty where none is
+
+`linear_policy_loss` alone takes the vectors ``[T]`` of its signature, all fp32 or converted, and
+
+    spec             `ObjectiveSpec`: policy term, clip bounds, KL estimator, mismatch correction
+    cu_seqlens       [B + 1] int32, where sequences begin and end: 0 first, T last
+
+    >>> hidden = torch.ones(1, 1)                                    # one token, D = 1
+    >>> weight = torch.log(torch.tensor([[1.0], [3.0]]))             # V = 2: p = 1/4, 3/4
+    >>> out = linear_logprobs(hidden, weight, torch.tensor([1]))
+    >>> [round(value.item(), 4) for value in out]                    # log 3/4, H, log 4, in nats
+    [-0.2877, 0.5623, 1.3863]
+    >>> linear_logprobs(hidden, weight, torch.tensor([-100])).logprobs
+    tensor([0.])
+    >>> one = torch.ones(1)
+    >>> loss, stats = linear_policy_loss(
+    ...     hidden, weight, torch.tensor([1]), advantages=2 * one, token_weights=one,
+    ...     entropy_weights=0.5 * one)
+    >>> round(loss.item(), 4)                                        # -2 + 0.5 * 0.5623
+    -1.7188
+    >>> stats.sums()["ratio"].tolist()                               # sum, count
+    [1.0, 1.0]
+
+Source: the objective is GRPO's (arXiv 2402.03300, equation 3) with the per-stage entropy term of
+CRPO (2606.13176); gradients in one pass: docs/kernels.md.
 
 Results are fp32 (fp64 for fp64 inputs). On a CPU bf16 products are rounded to bf16, as in any bf16
 head there; everything after them is fp32. Inputs are never changed. In a graph of torch.compile a

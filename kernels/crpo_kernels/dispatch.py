@@ -44,7 +44,7 @@ _KEPT = {
 
 
 class BackendChoice(NamedTuple):
-    """The backend that runs, and why it is that one."""
+    """The backend that runs ("triton", "torch" or "dense"), and why it is that one, in words."""
 
     name: str
     reason: str
@@ -65,8 +65,20 @@ def unsupported_reason(
     ``head_dtype`` and an adapter of ``lora_rank`` (0: none); the other modes run wherever their
     backend does.
 
+    Args:
+        backend: "auto", "triton", "torch" or "dense".
+        device: of hidden and weight.
+        dtype: of hidden and weight.
+        mode: as in the call; "fused" asks about the scoring kernel.
+        head_dtype: as in the call.
+        lora_rank: r of ``lora_head``, 0 without one.
+
     Raises:
         ValueError: an unknown name.
+
+    Example:
+        >>> unsupported_reason("triton", "cpu", torch.float64) is None
+        False
     """
     check_choice("mode", mode, MODES)
     device = torch.device(device)
@@ -99,6 +111,10 @@ def choose_backend(
 
     Raises:
         ValueError: an unknown name, or triton where it cannot run, with the reason.
+
+    Example:
+        >>> choose_backend("dense", "cpu", torch.float32)
+        BackendChoice(name='dense', reason='asked for')
     """
     device = torch.device(device)
     obstacle = _obstacle(backend, device, dtype, is_fake=is_fake)

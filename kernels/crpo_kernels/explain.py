@@ -1,4 +1,9 @@
-"""What a call would choose and why, for a first screen or a log, without making the call."""
+"""What a call would choose and why, for a first screen or a log, without making the call.
+
+>>> sizes = {"num_rows": 8, "vocab_size": 64, "hidden_size": 16, "backend": "torch"}
+>>> explain_choice(**sizes, spec=ObjectiveSpec.preset("grpo"))[0]
+'backend torch (asked for), mode one_pass: the coefficients are known before the head runs'
+"""
 
 from __future__ import annotations
 
@@ -48,7 +53,7 @@ def explain_choice(
 
     Args:
         num_rows: counted tokens of a call.
-        vocab_size: V.
+        vocab_size: V, of all ranks.
         hidden_size: D.
         dtype: of hidden states and weight.
         device: of both.

@@ -44,6 +44,14 @@ class ObjectiveSpec:
 
     Raises:
         ValueError: an option that is unknown or out of its range.
+
+    Example:
+        >>> ObjectiveSpec(clip_high=0.28) == ObjectiveSpec.preset("dapo")
+        True
+
+    Source:
+        clip: PPO (arXiv 1707.06347, equation 7) and GRPO (2402.03300, equation 3); gspo 2507.18071;
+        cispo 2506.13585; KL estimators http://joschu.net/blog/kl-approx.html.
     """
 
     policy: str = "clip"
@@ -81,8 +89,24 @@ class ObjectiveSpec:
         crpo, grpo, bnpo and dr_grpo share their policy term: what tells them apart is the
         aggregation (`aggregation_weights`) and how advantages are made.
 
+        Args:
+            name: crpo, grpo, bnpo, dapo, dr_grpo, gspo, cispo or sft.
+            **overrides: fields of `ObjectiveSpec`.
+
         Raises:
             ValueError: no such preset, or an override that is no option.
+
+        Example:
+            >>> spec = ObjectiveSpec.preset("gspo", clip_low=0.001)
+            >>> spec.policy, spec.clip_low, spec.clip_high
+            ('gspo', 0.001, 0.0004)
+            >>> ObjectiveSpec.preset("gpro")
+            Traceback (most recent call last):
+            ValueError: preset: expected one of ['crpo', 'grpo', 'bnpo', 'dapo', 'dr_grpo', ...
+
+        Source:
+            crpo arXiv 2606.13176; grpo 2402.03300; bnpo as in TRL; dapo 2503.14476; dr_grpo
+            2503.20783; gspo 2507.18071; cispo 2506.13585 with the cap 5 of 2510.13786.
         """
         check_choice("preset", name, tuple(PRESETS))
         for option in overrides:
@@ -142,7 +166,7 @@ class TokenInputs(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """Per-token results of the head, fp32 (fp64 for fp64 inputs); ignored rows are 0."""
+    """Per-token results of the head in nats, fp32 (fp64 for fp64 inputs); ignored rows are 0."""
 
     logprobs: Tensor  # [T] log p(label)
     entropy: Tensor  # [T] of the tempered distribution over the full vocabulary
@@ -152,8 +176,8 @@ class Logprobs(NamedTuple):
 class TokenStats(NamedTuple):
     """Detached per-token statistics of one loss call; ignored rows are 0 or False.
 
-    ``sums()`` is what a trainer logs: add the sums and the counts over micro-batches and ranks,
-    then divide.
+    Floats are fp32 (fp64 for fp64 inputs); logprobs, entropy, lse and kl are in nats. ``sums()`` is
+    what a trainer logs: add the sums and the counts over micro-batches and ranks, then divide.
     """
 
     logprobs: Tensor  # [T]
@@ -172,7 +196,7 @@ class TokenStats(NamedTuple):
 
         ``torch.stack(list(stats.sums().values()))`` is one tensor for one all-reduce, and
         ``total, count = stats.sums()["entropy"]`` unpacks one entry. ``num_tokens`` holds the count
-        twice.
+        twice. Sums, so the unit of an entry is that of its field.
         """
         dtype = torch.float32 if self.logprobs.device.type == "mps" else torch.float64
         count = self.is_counted.sum().to(dtype)

@@ -12,6 +12,18 @@ the result.
     constant       1 / (num_sequences * max_length)
     bnpo           1 / (num_groups * group_tokens[group_ids[b]])
 
+    >>> bounds = torch.tensor([0, 3, 4])                         # sequences of 3 and 1 tokens
+    >>> mask = torch.tensor([True, True, False, True])
+    >>> aggregation_weights(mask, bounds, aggregation="sequence_mean")
+    tensor([0.2500, 0.2500, 0.0000, 0.5000])
+    >>> aggregation_weights(mask, bounds, aggregation="token_mean", num_tokens=12)
+    tensor([0.0833, 0.0833, 0.0000, 0.0833])
+    >>> stage_entropy_weights(torch.tensor([0, 0, 1, -1]), bounds, [-0.02, 0.08], num_sequences=2)
+    tensor([-0.0050, -0.0050,  0.0400,  0.0000])
+
+Source: token_mean DAPO (arXiv 2503.14476), sequence_mean GRPO (2402.03300), constant Dr.GRPO
+(2503.20783), bnpo as in TRL and in the code of CRPO's authors; stages: CRPO (2606.13176).
+
 Tensors on a device are never read on the host, which would wait for the device: what only their
 values can tell is refused on the CPU alone, and not in a graph that torch.compile traces.
 """

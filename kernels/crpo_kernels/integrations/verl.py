@@ -58,6 +58,13 @@ def fused_linear_for_ppo(
     Raises:
         ValueError: shapes that disagree, or what `linear_logprobs` refuses, such as a sharded
             weight.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.log(torch.tensor([[1.0], [9.0]]))     # p = 1/4, 3/4 at temperature 2
+        >>> found = fused_linear_for_ppo(torch.ones(1, 1), weight, torch.tensor([1]), 2.0)
+        >>> [round(value.item(), 4) for value in found]          # log 3/4, H
+        [-0.2877, 0.5623]
     """
     if input_ids.shape != hidden_states.shape[:-1]:
         raise ValueError(
@@ -96,6 +103,9 @@ class FusedLinearForPPO(nn.Module):
             chunks fill the default ``workspace_bytes``.
         impl_backend: "torch" or "liger", as verl's config names its own implementations; ours is
             chosen by the device.
+
+    Raises:
+        ValueError: another ``impl_backend``.
     """
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
@@ -115,7 +125,7 @@ class FusedLinearForPPO(nn.Module):
         input_ids: Tensor,  # [T] or [B, S]
         temperature: Tensor | float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """`fused_linear_for_ppo`."""
+        """`fused_linear_for_ppo`: its shapes, units and errors."""
         return fused_linear_for_ppo(hidden_states, vocab_weights, input_ids, temperature)
 
 
@@ -128,6 +138,17 @@ def linear_cross_entropy(
     dist_process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The Triton function of this name in verl: `fused_linear_for_ppo` with two more arguments.
+
+    Args:
+        hidden: as hidden_states there.
+        weight: as vocab_weights there.
+        labels: as input_ids there.
+        temperature: as there.
+        reduction: "none".
+        dist_process_group: None, or a group of one rank.
+
+    Returns:
+        log_probs, entropy: as there.
 
     Raises:
         ValueError: a reduction, which verl's own training never asks for.
