@@ -116,7 +116,7 @@ def test_steps_of_the_trainer_equal_the_dense_reference(
     for rank, mine in enumerate(found):
         has_rows = any(mine["steps"][str(index)]["rows"][rank])
         assert bool(mine["steps"][str(index)]["launches"]) == has_rows
-        assert has_rows or case.shares == "absent"
+        assert has_rows or case.shares == "absent" or case.completions == "tail_empty"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
