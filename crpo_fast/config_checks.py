@@ -30,6 +30,7 @@ def check(config: Config) -> None:
     """
     check_ranges(config)
     _choice("model.compute_dtype", config.model.compute_dtype, ("bfloat16", "float32", "float64"))
+    _choice("model.block_kernels", config.model.block_kernels, ("auto", "liger", "none"))
     _choice("data.format", config.data.format, ("auto", "synthetic", "official", "table"))
     _choice("train.layout", config.train.layout, LAYOUTS)
     _choice("train.loss_backend", config.train.loss_backend, LOSS_BACKENDS)

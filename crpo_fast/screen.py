@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from crpo_fast import models
+from crpo_fast.block_kernels import choose_block_kernels
 from crpo_fast.config import Config, PhaseConfig
 from crpo_fast.distributed import num_cores
 from crpo_fast.loss import kernel_options, loss_spec, scoring_options
@@ -48,6 +49,12 @@ def rows(session: Session, folder: RunFolder, resume: Resume) -> list[Row]:
     attention, why = models.choose_attention(
         settings.attention, world.device.type, settings.compute_dtype, session.policy.model.config
     )
+    kernels, because = choose_block_kernels(
+        settings.block_kernels,
+        world.device.type,
+        settings.compute_dtype,
+        session.policy.model.config,
+    )
     choice, passes = _loss_choice(session)
     found = [
         ("run", f"{folder.path}, seed {config.seed}, {_where_it_stands(resume)}"),
@@ -56,6 +63,7 @@ def rows(session: Session, folder: RunFolder, resume: Resume) -> list[Row]:
         ("ranks", _ranks(session)),
         ("dtype", _dtype(session)),
         ("attention", f"{attention}: {why}"),
+        ("blocks", f"{'Liger kernels' if kernels == 'liger' else 'plain'}: {because}"),
         ("loss", f"{choice}; {passes}"),
         ("scoring", _scoring(session)),
         ("rollouts", _rollouts(config)),

@@ -14,6 +14,7 @@ from crpo_fast import distributed, lora, models
 from crpo_fast import policy as policies
 from crpo_fast.attention import SDPA_PACKED
 from crpo_fast.batch import SamplingParams
+from crpo_fast.block_kernels import with_block_kernels
 from crpo_fast.checkpoint_files import whole_folder
 from crpo_fast.config import Config, ConfigError
 from crpo_fast.distributed import World
@@ -203,15 +204,19 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
     with distributed.main_first(world):
         rows = load_rows(config, run_dir, write=world.is_main)
         with timer("tokenizer"):
-            build_model, tokenizer = _source(config, world, rows, run_dir)
+            plain, tokenizer = _source(config, world, rows, run_dir)
+    settings = config.model
+    build_model = with_block_kernels(
+        plain, settings.block_kernels, world.device.type, settings.compute_dtype
+    )
     with timer("model"):
         model = adapted(config, build_model)
         policy = policies.create(
             model,
             world,
-            compute_dtype=DTYPES[config.model.compute_dtype],
-            activation_checkpointing=config.model.activation_checkpointing,
-            freeze_head=config.model.freeze_head,
+            compute_dtype=DTYPES[settings.compute_dtype],
+            activation_checkpointing=settings.activation_checkpointing,
+            freeze_head=settings.freeze_head,
         )
         check_layout(config, model)
         if config.train.layout != "padded":

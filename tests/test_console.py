@@ -244,6 +244,7 @@ def test_first_screen_says_what_and_why(
     assert rows["ranks"].startswith("1 on cpu, ")
     assert rows["dtype"] == "float32 compute (by model.compute_dtype), float32 masters"
     assert rows["attention"] == "sdpa_packed: sdpa, as flash attention does not run on cpu"
+    assert rows["blocks"] == "plain: Liger's kernels need a GPU, this is cpu"
     assert rows["loss"].startswith("backend torch (triton does not run: ")
     assert "row passes eager: the call has too few logits to pay" in " ".join(
         x.strip() for x in lines[:end]
