@@ -19,12 +19,14 @@ INTEGRATIONS = [
     *("accelerate>=1.10", "datasets>=4.7", "peft>=0.18", "trl>=1.16"),
     "deepspeed>=0.18.6; platform_system == 'Linux'",
 ]
+LIGER = "liger-kernel>=0.8; platform_system == 'Linux'"
 
 EXTRAS = {
     "demo": GGUF,
     "test": [
         *GGUF,
         *INTEGRATIONS,
+        LIGER,
         "coverage>=7.6",
         "hypothesis>=6.130",
         "playwright>=1.49",  # the report in a real browser, when a chromium is there
@@ -37,13 +39,13 @@ EXTRAS = {
     ],
     "flash": ["flash-attn>=2.8; platform_system == 'Linux'"],
     "integrations": INTEGRATIONS,
-    "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
+    "liger": [LIGER],
     "tensorboard": TRACKERS[:1],
     "trackio": TRACKERS[1:2],
     "wandb": TRACKERS[2:],
     "bench": [
         *("matplotlib>=3.10", "trl>=1.16", "cut-cross-entropy>=25.1"),
-        "liger-kernel>=0.8; platform_system == 'Linux'",
+        LIGER,
     ],
     "bench-gpu": [  # brings CUTLASS, 300 MB; verl without its dependencies comes by hand: README
         "liger-kernel[cutedsl]>=0.8; platform_system == 'Linux'",
