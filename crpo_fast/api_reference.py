@@ -35,7 +35,8 @@ Written by `python -m crpo_fast.api_reference` from signatures and docstrings. N
 here are internal and may change. Letters: T packed tokens (rows), V vocabulary, D hidden size, B
 sequences, S or K stages, r rank of an adapter. Logarithms are natural, so that log-probabilities
 and entropies are in nats; lengths are in tokens, workspaces in bytes. Arguments are never changed
-in place. Use in other trainers: [integrations.md](integrations.md).
+in place. How it works: [kernels.md](kernels.md). In other trainers:
+[integrations.md](integrations.md).
 """
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Source|Example):$")
 _ENTRY = re.compile(r"(\*{0,2}[A-Za-z_][\w, *]*): +(.*)")
