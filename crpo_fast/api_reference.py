@@ -186,9 +186,9 @@ def markdown(docstring: str) -> str:
         text = textwrap.dedent("\n".join(lines)).strip("\n")
         head = _SECTION.fullmatch(parts[-1]) if parts else None
         if head and is_indented:
-            parts[-1] = f"**{head[1]}**\n\n{_fenced(text) if '>>>' in text else _entries(text)}"
+            parts[-1] = f"**{head[1]}**\n\n{_fenced(text) if _is_example(text) else _entries(text)}"
         elif text:
-            parts.append(_fenced(text) if is_indented else _prose(text))
+            parts.append(_fenced(text) if is_indented or _is_example(text) else _prose(text))
     return "".join(f"{part}\n\n" for part in parts)
 
 
@@ -213,8 +213,15 @@ def _blocks(lines: list[str]) -> Iterator[tuple[bool, list[str]]]:
         yield is_indented, block
 
 
+def _is_example(text: str) -> bool:
+    return text.startswith(">>> ")
+
+
 def _fenced(text: str) -> str:
-    return f"```{'pycon' if '>>>' in text else 'text'}\n{text}\n```"
+    """Formulas and examples in blocks of their own."""
+    formulas, mark, examples = text.partition(">>> ")
+    kinds = {"text": formulas.strip("\n"), "pycon": mark + examples}
+    return "\n\n".join(f"```{kind}\n{part}\n```" for kind, part in kinds.items() if part)
 
 
 def _entries(text: str) -> str:

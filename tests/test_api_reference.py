@@ -106,16 +106,29 @@ def test_shapes_units_and_errors_are_said(entry: Public) -> None:
         assert re.search(r"(arXiv )?\d{4}\.\d{5}", explained(entry)), "name the paper"
 
 
+def modules_with_examples() -> set[str]:
+    """Of both packages, public or not."""
+    roots = (api_reference.REPOSITORY, api_reference.REPOSITORY / "kernels")
+    found = [
+        path.relative_to(root).with_suffix("")
+        for root, name in zip(roots, ("crpo_fast", "crpo_kernels"), strict=True)
+        for path in (root / name).rglob("*.py")
+        if re.search(r"^ *>>> ", path.read_text("utf-8"), re.M)
+    ]
+    return {".".join(path.parts) for path in found}
+
+
 def doctests(module: str) -> list[doctest.DocTest]:
     loaded = importlib.import_module(module)
     return [t for t in doctest.DocTestFinder().find(loaded, module) if t.examples]
 
 
 def test_examples_in_docstrings_run() -> None:
-    named = {entry.module for entry in ENTRIES} | {m for ms in MODULES.values() for m in ms}
+    named = modules_with_examples()
+    assert named >= {"crpo_kernels.api", "crpo_kernels.weights", "crpo_kernels.spec"}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     runner, source = doctest.DocTestRunner(optionflags=flags, verbose=False), ""
-    for module in sorted(named - NEEDS.keys()):
+    for module in sorted(named):
         for test in doctests(module):
             source += "".join(example.source for example in test.examples)
             assert any(example.want for example in test.examples), f"{test.name} compares nothing"
@@ -129,6 +142,15 @@ def test_a_wrong_example_would_fail() -> None:
     wrong = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, None)
     runner = doctest.DocTestRunner(verbose=False)
     assert runner.run(wrong, out=lambda text: None).failed == 1
+
+
+def test_formulas_and_examples_are_blocks_of_their_own() -> None:
+    text = "First.\n\n    a = b\n\n    >>> 1 + 1\n    2\n"
+    expected = "First.\n\n```text\na = b\n```\n\n```pycon\n>>> 1 + 1\n2\n```\n\n"
+    assert api_reference.markdown(text + "\nLast.") == expected + "Last.\n\n"
+    assert api_reference.markdown("First.\n\n    >>> 1 + 1\n    2\n") == (
+        "First.\n\n```pycon\n>>> 1 + 1\n2\n```\n\n"
+    )
 
 
 def test_docstrings_become_markdown() -> None:

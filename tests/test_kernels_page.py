@@ -24,6 +24,26 @@ def test_code_of_the_page_runs() -> None:
     exec(compile(blocks[0], "docs/kernels.md", "exec"), {})
 
 
+def test_the_loss_in_ten_lines_of_the_readme() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    code = text[text.index("## The loss alone") :].partition("```python\n")[2].partition("```")[0]
+    assert len([line for line in code.splitlines() if line]) <= 11  # import torch, and ten
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    hidden, weight, stats = names["hidden"], names["weight"], names["stats"]
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    picked = log_p.gather(1, names["labels"][:, None])[:, 0]
+    torch.testing.assert_close(stats.logprobs, picked.detach())
+    policy = (picked - picked.detach()).exp() * stats.token_loss  # on-policy: -A ratio
+    loss = (names["token_weights"] * policy + names["entropy_weights"] * entropy).sum()
+    torch.testing.assert_close(names["loss"], loss)
+    for found, exact in zip(
+        (hidden, weight), torch.autograd.grad(loss, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(found.grad, exact, atol=1e-5, rtol=1e-4)
+
+
 def test_sizes_are_those_of_the_plan() -> None:
     assert f"at most {plan.RING_ROWS} rows" in PAGE
     assert f"{plan.RING_ROWS} rows of V fp32" in PAGE
