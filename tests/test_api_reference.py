@@ -31,6 +31,14 @@ HAVE_EXAMPLES = {
     *("stage_entropy_weights", "explain_choice", "choose_backend", "unsupported_reason"),
     *("fused_linear_for_ppo", "add_fused_head", "StageGrammar.preset", "group_advantages"),
 }
+HAVE_UNITS = {  # of what they take or return
+    "nats": {
+        *("Logprobs", "TokenStats", "linear_logprobs", "linear_policy_loss", "CRPOTrainer"),
+        *("fused_linear_for_ppo", "EntropyConfig"),
+    },
+    "tokens": {"aggregation_weights", "stage_entropy_weights", "explain_choice", "EntropyConfig"},
+    "bytes": {"linear_logprobs", "linear_policy_loss"},
+}
 NEEDS = {"crpo_fast.integrations.trl": "trl", "crpo_kernels.integrations.verl_patch": "verl"}
 
 
@@ -104,6 +112,12 @@ def test_shapes_units_and_errors_are_said(entry: Public) -> None:
     assert raises or inspect.isclass(entry.node), "say what it raises"
     if entry.name in HAVE_SOURCES:
         assert re.search(r"(arXiv )?\d{4}\.\d{5}", explained(entry)), "name the paper"
+
+
+def test_units_are_named() -> None:
+    by_name = {entry.name: entry for entry in ENTRIES}
+    for unit, names in HAVE_UNITS.items():
+        assert [name for name in names if unit not in explained(by_name[name])] == []
 
 
 def modules_with_examples() -> set[str]:

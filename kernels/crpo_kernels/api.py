@@ -49,7 +49,8 @@ Both take the head the same way:
     vocab_start      rows of the vocabulary before those of this rank's weight; shards may differ in
                      size and tile the vocabulary. Padded: pass weight[:valid], empty where none is
 
-`linear_policy_loss` alone takes the vectors ``[T]`` of its signature, all fp32 or converted, and
+`linear_policy_loss` alone takes the vectors ``[T]`` of its signature (of any dtype: they become
+fp32, fp64 with fp64 inputs; constants for autograd; logprobs in nats), and
 
     spec             `ObjectiveSpec`: policy term, clip bounds, KL estimator, mismatch correction
     cu_seqlens       [B + 1] int32, where sequences begin and end: 0 first, T last
