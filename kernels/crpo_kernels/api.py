@@ -186,12 +186,17 @@ def linear_policy_loss(
 ) -> tuple[Tensor, TokenStats]:
     """The fused policy loss: sums, no means, because the weights hold every denominator.
 
+    Arguments as in the module's docstring; T packed tokens, logprobs and entropies in nats.
+
     Returns:
         loss: ``[]``, differentiable once in hidden, weight, bias, A and B; all else is constant.
         stats: `TokenStats` of ``[T]``, detached.
 
     Raises:
         ValueError: an argument that cannot be right; the message says what to pass.
+
+    Source:
+        GRPO (arXiv 2402.03300, equation 3) with CRPO's stage entropy (2606.13176).
     """
     vectors = {
         "token_weights": token_weights,
