@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import runpy
@@ -362,10 +363,15 @@ def test_what_it_has_not_is_refused(trainer, entropy, message):
 def test_wrong_stages_and_entropies_are_refused(model, tmp_path):
     for wrong, message in (
         ({"stages": "mental_r2"}, "Did you mean 'mental_r1'"),
+        ({"stages": ["stimulus"]}, r"stages: .* got 'stimulus'. Pass stages=\[StageConfig"),
         ({"entropy": EntropyConfig(controller="dua")}, "entropy.controller: expected one of"),
     ):
         with pytest.raises(ConfigError, match=message):
             train(CRPOTrainer, model, tmp_path, trainer_options=wrong)
+
+
+def test_trainer_is_under_a_hundred_lines():
+    assert len(inspect.getsource(CRPOTrainer).splitlines()) < 100
 
 
 def test_example_trains(tmp_path):

@@ -30,6 +30,7 @@ from trl import GRPOTrainer
 
 from crpo_fast.config import (
     Config,
+    ConfigError,
     EntropyConfig,
     GrammarConfig,
     PhaseConfig,
@@ -103,9 +104,8 @@ class CRPOTrainer(GRPOTrainer):
         self._window: Tensor | None = None  # [2, K] sums and tokens since the last update
         for model in (self.model, self.ref_model):
             if model is not None:
-                base = self.accelerator.unwrap_model(model)
                 install_head(
-                    base.get_base_model() if hasattr(base, "get_base_model") else base,
+                    self.accelerator.unwrap_model(model),
                     temperature=self.temperature,
                     in_fp32=self.args.cast_lm_head_to_fp32,
                     options=kernel_options or {},
@@ -172,6 +172,12 @@ class CRPOTrainer(GRPOTrainer):
 
 def _grammar(stages: str | Sequence[StageConfig], entropy: EntropyConfig) -> StageGrammar:
     is_preset = isinstance(stages, str)
+    strange = [] if is_preset else [x for x in stages if not isinstance(x, StageConfig)]
+    if strange:
+        raise ConfigError(
+            f"stages: expected a preset or StageConfig objects, got {strange[0]!r}. Pass "
+            "stages=[StageConfig('stimulus'), ...] of crpo_fast.integrations.trl."
+        )
     config = Config(
         grammar=GrammarConfig(preset=stages) if is_preset else GrammarConfig(),
         stages=() if is_preset else tuple(stages),

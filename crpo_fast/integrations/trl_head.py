@@ -47,7 +47,7 @@ def install_head(
     """Let ``model(..., labels=labels, fused_lm_head=True, compute=None)`` return a `HeadOutput`.
 
     Args:
-        model: a transformers causal LM, not wrapped by anything.
+        model: a transformers causal LM, or a peft model around one; no other wrapper.
         temperature: divides the logits.
         in_fp32: run the head in fp32 and outside autocast (TRL's ``cast_lm_head_to_fp32``).
         options: further keyword arguments of the kernels, such as ``workspace_bytes``.
@@ -55,6 +55,7 @@ def install_head(
     Raises:
         UnsupportedModelError: the head does something that the kernels do not.
     """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, for_generation = model.get_output_embeddings(), model.get_output_embeddings().forward
     add_fused_head(model)
     fused_head, plain = head.forward, model.forward
