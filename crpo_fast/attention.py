@@ -26,9 +26,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from crpo_fast.config_file import ConfigError
+
 __all__ = [
     "PACKED_SOFTCAP",
     "SDPA_PACKED",
+    "check_attention",
     "choose_attention",
     "flash_bounds",
     "moved",
@@ -66,6 +69,29 @@ def choose_attention(
     if not getattr(architecture, "_supports_sdpa", True):
         return "eager", f"sdpa cannot serve {model_config.model_type} in transformers"
     return name, reason
+
+
+def check_attention(requested: str, device: str) -> None:
+    """Refuse a ``model.attention`` that cannot run, before a model is made.
+
+    Args:
+        requested: "auto", an implementation of transformers, or of a kernel repository (a/b).
+        device: where the model will run.
+
+    Raises:
+        ConfigError: transformers has no such implementation, or flash attention without CUDA.
+    """
+    known = ["auto", "eager", *AttentionInterface().valid_keys()]
+    if "/" not in requested and requested not in known:
+        raise ConfigError(
+            f"model.attention: expected one of {', '.join(known)}, got {requested!r}. Type "
+            "--model.attention auto."
+        )
+    if requested.startswith("flash_attention") and not device.startswith("cuda"):
+        raise ConfigError(
+            f"model.attention: expected one that runs on {device}, got {requested!r}, which needs "
+            "a GPU. Type --model.attention auto."
+        )
 
 
 def _choice(requested: str, device: str, compute_dtype: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,13 @@ def check_targets(settings: LoraConfig, model: Any) -> None:
     names = _block_linears(model)
     for target in settings.targets:
         if target not in names:
-            head = " Type --lora.head for lm_head." if target in _head_name(model) else ""
+            near = get_close_matches(target, names, 1, 0.0)
+            advice = f"--lora.targets {near[0]}" if near else "--lora.rank 0"
+            if target in _head_name(model):
+                advice = "--lora.head for lm_head"
             raise ConfigError(
                 f"lora.targets: expected some of {', '.join(names)} (Linears of the blocks), got "
-                f"{target!r}.{head}"
+                f"{target!r}. Type {advice}."
             )
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from crpo_fast import distributed, lora, models
 from crpo_fast import policy as policies
-from crpo_fast.attention import SDPA_PACKED
+from crpo_fast.attention import SDPA_PACKED, check_attention
 from crpo_fast.batch import SamplingParams
 from crpo_fast.block_kernels import with_block_kernels
 from crpo_fast.checkpoint_files import whole_folder
@@ -257,6 +257,7 @@ def _source(
     """(function that makes the initial model in the master dtype, tokenizer)."""
     settings = config.model
     master = torch.float64 if settings.compute_dtype == "float64" else torch.float32
+    check_attention(settings.attention, world.device.type)
     attention, _ = models.choose_attention(
         settings.attention, world.device.type, settings.compute_dtype
     )

@@ -238,7 +238,10 @@ def test_targets_that_are_not_there_are_refused_before_weights_are_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(True, torch.float32)
-    for target, advice in (("qproj", ""), ("lm_head", "Type --lora.head for lm_head")):
+    for target, advice in (
+        ("qproj", "Type --lora.targets q_proj"),
+        ("lm_head", "Type --lora.head for lm_head"),
+    ):
         with pytest.raises(
             ConfigError, match=f"lora.targets: .* q_proj, .* got '{target}'.*{advice}"
         ):

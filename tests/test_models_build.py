@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crpo_fast.attention import choose_attention
+from crpo_fast.attention import check_attention, choose_attention
+from crpo_fast.config import ConfigError
 from crpo_fast.models import load_tokenizer
 from crpo_fast.models_build import (
     EOS_TOKEN,
@@ -163,3 +164,18 @@ def test_choice_of_attention(monkeypatch):
     name, reason = choose_attention("auto", "cuda:0")
     assert name == "sdpa_packed"
     assert "crpo-fast[flash]" in reason
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        ("flash", r"one of auto, eager, .*sdpa_packed.*got 'flash'. Type --model.attention auto"),
+        ("flash_attention_2", "runs on cpu, got 'flash_attention_2', which needs a GPU. Type --mo"),
+    ],
+)
+def test_attention_that_cannot_run_is_refused(requested, message):
+    with pytest.raises(ConfigError, match=message):
+        check_attention(requested, "cpu")
+    for fine in ("auto", "eager", "sdpa", "kernels-community/flash-attn2"):
+        check_attention(fine, "cpu")
+    check_attention("flash_attention_2", "cuda:0")
