@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_ENTROPY = {"entropy": EntropyConfig(magnitude=0.0)}
 STAGES = tuple(StageConfig(name) for name in trl_cases.STAGES)
 LATE = {"steps_per_generation": 4}  # two updates from one rollout: ratios are not 1
+SEQUENCE = {"importance_sampling_level": "sequence"}
 SINGLE_PASS: list[dict[str, Any]] = [
     {"loss_type": "grpo", **LATE, "eval_strategy": "steps", "eval_steps": 3},
     {"loss_type": "bnpo", "mask_truncated_completions": True},
@@ -62,12 +63,7 @@ TWO_PASSES: list[tuple[str, dict[str, Any]]] = [
     ("use_bias_correction_kl=True", {"beta": 0.1, **LATE}),
     (
         "importance_sampling_level='sequence' of cispo",
-        {
-            "loss_type": "cispo",
-            "importance_sampling_level": "sequence",
-            "epsilon_high": 2.0,
-            **LATE,
-        },
+        {**LATE, **SEQUENCE, "loss_type": "cispo", "epsilon_high": 2.0},
     ),
 ]
 
