@@ -69,22 +69,18 @@ def init(threads: int = 0, timeout: float = 1800.0) -> World:
     Raises:
         ConfigError: more ranks than GPUs on this machine.
     """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine
     if torch.cuda.is_available():
-        _check_devices(int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count())
+        _check_devices(ranks, torch.cuda.device_count())
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
         _keep_freed_memory()
-        ranks = int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(threads or max(1, num_cores() // ranks))
     limit = timedelta(seconds=timeout)
-    if "MASTER_PORT" in os.environ:
+    if "RANK" in os.environ and "MASTER_PORT" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
     else:
         store, rank, size = dist.HashStore(), 0, 1

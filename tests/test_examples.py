@@ -80,11 +80,9 @@ def moves_the_entropy_of_its_stages(printed: str) -> None:
 
 
 def equals_the_whole_head(printed: str) -> None:
-    lines = [line for line in printed.splitlines() if "gradients equal the whole head's" in line]
-    assert sorted(re.findall(r"^rank (\d): (\d+) of", "\n".join(lines), re.MULTILINE)) == [
-        ("0", "51"),
-        ("1", "50"),
-    ]
+    assert printed.count("gradients equal the whole head's") == 2
+    shards = re.findall(r"rank (\d): (\d+) of", printed)  # two processes write: lines may join
+    assert sorted(shards) == [("0", "51"), ("1", "50")]
 
 
 CHECKS = {

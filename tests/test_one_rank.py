@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,3 +79,12 @@ def test_each_weight_is_cast_once_a_step_and_is_never_stale(
             parameter.to_local().copy_(state[name])
     for batch in batches:
         assert torch.equal(policy.logprobs(batch, 1.0), fresh.logprobs(batch, 1.0))
+
+
+def test_a_group_of_one_leaves_the_environment_as_it_was() -> None:
+    """Otherwise accelerate, asked later in this process, would join a group that is not there."""
+    before = dict(os.environ)
+    world = distributed.init(threads=1)
+    distributed.shutdown()
+    assert (world.rank, world.size) == (0, 1)
+    assert dict(os.environ) == before

@@ -39,6 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     def start(kind: str) -> tuple[str, Path]:
         out = tmp_path_factory.mktemp("vocab_parallel")
         environment = os.environ | ({"TRITON_INTERPRET": "1"} if kind else {})
+        environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent.parent), *sys.path])
         command = [sys.executable, str(WORKER), str(out), *([kind] if kind else [])]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=280, check=False, env=environment

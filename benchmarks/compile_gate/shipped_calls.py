@@ -21,7 +21,7 @@ from crpo_kernels import ObjectiveSpec
 from crpo_kernels.chunked import Head, backprop, one_pass, score
 from crpo_kernels.factors import Factors, Needs
 from crpo_kernels.launch_triton import recording
-from crpo_kernels.plan import make_plan
+from crpo_kernels.plan import make_plan, padded
 from crpo_kernels.row_table import COLUMNS, Objective
 from crpo_kernels.rows import LogitView
 from crpo_kernels.spec import KL_ESTIMATORS, POLICIES, PRESETS, RHO_MODES, TokenInputs
@@ -179,8 +179,9 @@ def run_mode(
     """All passes of a mode; of a shard of the vocabulary the one that is its own."""
     inputs = objective.inputs
     if mode == "shard":
-        raw = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
-        TritonRows().sums(raw, inputs.labels, view)
+        num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+        raw = hidden.new_empty(num_rows, padded(vocab_size), dtype=torch.float32)
+        TritonRows().sums(raw[:, :vocab_size], inputs.labels, view)
         return
     plan = make_plan(
         hidden,
