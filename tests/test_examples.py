@@ -139,3 +139,10 @@ def test_what_verls_config_imports_patches_verl():
         assert functional.FusedLinearForPPO is verl.FusedLinearForPPO
     finally:
         verl.unpatch()
+
+
+def test_a_missing_trl_is_refused_with_what_to_type(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "crpo_fast.integrations.trl", raising=False)
+    with pytest.raises(ImportError, match=r"trl: expected .*Type pip install 'crpo-fast\["):
+        importlib.import_module("crpo_fast.integrations.trl")

@@ -26,7 +26,6 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
-from trl import GRPOTrainer
 
 from crpo_fast.config import (
     Config,
@@ -42,6 +41,14 @@ from crpo_fast.integrations import trl_objective as terms
 from crpo_fast.integrations.trl_head import HeadOutput, install_head
 from crpo_fast.stages import StageGrammar
 from crpo_fast.task import build_grammar
+
+try:
+    from trl import GRPOTrainer
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"trl: expected an installed TRL 1.16, got: {error}. Type pip install "
+        "'crpo-fast[integrations]'."
+    ) from error
 
 __all__ = ["TESTED", "CRPOTrainer", "EntropyConfig", "StageConfig", "check_version"]
 

@@ -1,6 +1,7 @@
 """CRPO in TRL: a tiny model, four prompts, two steps; `python docs/examples/trl_crpo.py [folder]`.
 
-With a real model: its hub name in place of `folder`, your data set and rewards, and no `use_cpu`.
+It needs `pip install "crpo-fast[integrations]" "trl<1.17"`. With a real model: its hub name in
+place of `folder`, your data set and rewards, and no `use_cpu`.
 """
 
 import sys
