@@ -250,7 +250,10 @@ def test_no_v_times_d_and_no_gradient_factors_are_kept():
 @pytest.mark.parametrize(
     ("lora_head", "message"),
     [
-        ((1, 2), r"lora_head: expected \(A \[r, 16\], B \[101, r\], scaling\), got tuple\. Pass"),
+        (
+            (1, 2),
+            r"lora_head: expected \(A \[r, 16\], B \[101, r\], scaling\), got tuple of 2\. Pass",
+        ),
         (("A", "B", 1.0), r"lora_head A: expected a torch.Tensor, got str"),
         ((torch.ones(3, 15), torch.ones(101, 3), 1.0), r"got \[3, 15\] and \[101, 3\]\. Pass"),
         ((torch.ones(3, 16), torch.ones(3, 101), 1.0), r"got \[3, 16\] and \[3, 101\]"),

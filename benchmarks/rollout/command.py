@@ -126,6 +126,8 @@ def measure_rollout(options: argparse.Namespace, deadline: float) -> dict[str, A
         )
     model = model.to(device).eval()
     keys, cases, found = options.only or list(CANDIDATES), cases_of(options), []
+    if not math.isinf(deadline):  # few seconds are better spent on a case that fits them
+        cases = tuple(sorted(cases, key=lambda case: case.num_prompts * case.max_tokens))
     for place, case in enumerate(cases):
         left = deadline - time.monotonic()
         end = deadline if math.isinf(left) else time.monotonic() + left / (len(cases) - place)

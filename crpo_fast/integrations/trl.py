@@ -191,7 +191,13 @@ def _grammar(stages: str | Sequence[StageConfig], entropy: EntropyConfig) -> Sta
         entropy=entropy,
     )
     check(config)
-    return build_grammar(config)
+    grammar = build_grammar(config)
+    if not grammar.num_stages and entropy.magnitude:
+        raise ConfigError(
+            f"stages: expected stages for entropy.magnitude = {entropy.magnitude:g}, got none. "
+            "Pass stages='mental_r1', or entropy=EntropyConfig(magnitude=0) for TRL's objective."
+        )
+    return grammar
 
 
 @cache

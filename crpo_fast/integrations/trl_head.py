@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from crpo_fast.config import ConfigError
 from crpo_fast.integrations.causal_lm import add_fused_head
 from crpo_kernels import linear_logprobs
 
 # (hidden [B, L, D], weight [V, D], labels [B, L], **head arguments) -> HeadOutput
 HeadFunction = Callable[..., "HeadOutput"]
+OPTIONS = ("backend", "workspace_bytes")  # of the kernels, for a user to choose
 
 
 @dataclass
@@ -50,11 +52,17 @@ def install_head(
         model: a transformers causal LM, or a peft model around one; no other wrapper.
         temperature: divides the logits.
         in_fp32: run the head in fp32 and outside autocast (TRL's ``cast_lm_head_to_fp32``).
-        options: further keyword arguments of the kernels, such as ``workspace_bytes``.
+        options: further keyword arguments of the kernels, among `OPTIONS`.
 
     Raises:
+        ConfigError: another option.
         UnsupportedModelError: the head does something that the kernels do not.
     """
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise ConfigError(
+            f"kernel_options: expected names among {', '.join(OPTIONS)}, got {unknown[0]!r}. "
+            "Leave it out."
+        )
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, for_generation = model.get_output_embeddings(), model.get_output_embeddings().forward
     add_fused_head(model)

@@ -55,7 +55,8 @@ def _checked(lora_head: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Te
     vocab, dim = weight.shape
     expected = EXPECTED.format(dim=dim, vocab=vocab)
     if not (isinstance(lora_head, tuple | list) and len(lora_head) == 3):
-        raise ValueError(f"{expected}, got {type(lora_head).__name__}. {ADVICE}")
+        size = f" of {len(lora_head)}" if isinstance(lora_head, tuple | list) else ""
+        raise ValueError(f"{expected}, got {type(lora_head).__name__}{size}. {ADVICE}")
     down, up, scaling = lora_head
     for name, tensor in (("lora_head A", down), ("lora_head B", up)):
         check_plain(name, tensor)
