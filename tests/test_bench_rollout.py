@@ -94,7 +94,9 @@ def test_what_comes_too_late_is_dropped_with_the_reason(folder: Path) -> None:
     rows = report["cases"][0]["rows"]
     assert [row["missing"] for row in rows] == ["dropped for lack of time"] * 3
     drawn = plot.drawer({**report, "command": ""})
-    assert "dropped for lack of time" in drawn.page({**report, "command": ""})
+    page = drawn.page({**report, "command": ""})
+    assert "dropped for lack of time" in page
+    assert "engine static: \n" not in page  # nothing to say about it, so no line
     ET.fromstring(drawn.svg(report))
 
 

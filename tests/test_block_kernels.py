@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import children
 from crpo_fast.block_kernels import choose_block_kernels, with_block_kernels
 from crpo_fast.models_build import ModelError
 
@@ -95,7 +95,7 @@ def test_losses_stay_off_and_every_model_of_a_run_is_patched() -> None:
 def test_liger_in_the_blocks_gives_the_same_loss_and_gradients() -> None:
     done = subprocess.run(
         [sys.executable, str(WORKER)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env=children.environment(TRITON_INTERPRET="1"),
         capture_output=True,
         text=True,
         timeout=200,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+import children
 from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.compile_gate import command as compile_gate_module
 from benchmarks.compile_gate import farm
@@ -49,11 +50,10 @@ def compile_gate(tmp_path):
 
     def run(*options, **variables):
         path = tmp_path / "gate.json"
-        paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels", "tests"))
         made = subprocess.run(
             [sys.executable, "-m", "benchmarks", "compile-gate", "--json", str(path), *options],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": paths, **variables},
+            env=children.environment(**variables),
             capture_output=True,
             text=True,
             check=False,

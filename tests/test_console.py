@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import children
 from crpo_fast import screen, timing, train
 from crpo_fast.config import Config
 from crpo_fast.console import Reporter, fit
@@ -286,9 +287,8 @@ def test_quiet_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_on_a_terminal(tmp_path: Path) -> None:
     """The real thing in 80 columns: the live line says what goes on and never wraps."""
     terminal = Terminal()
-    alone = ("RANK", "WORLD_SIZE", "MASTER_PORT", "COLUMNS")
-    environment = {k: v for k, v in os.environ.items() if k not in alone}
-    environment |= {"TERM": "xterm", "NO_COLOR": "1"}
+    environment = children.environment(TERM="xterm", NO_COLOR="1")
+    environment.pop("COLUMNS", None)
     command = [sys.executable, str(ROOT / "crpo_fast" / "train.py"), TINY, "--train.max_steps", "2"]
     done = subprocess.run(
         [*command, "--run.dir", str(tmp_path / "r"), "--train.threads", "1"],

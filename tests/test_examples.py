@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import importlib.util
 import io
-import os
 import re
 import runpy
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import children
 from crpo_kernels.integrations import verl
 from verl_parts import their
 
@@ -55,7 +55,7 @@ def output_of(script: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     module = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
     done = subprocess.run(
         [sys.executable, *module, *words[1:]], cwd=ROOT, capture_output=True, text=True,
-        timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240, check=False, env=children.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

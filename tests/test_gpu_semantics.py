@@ -6,7 +6,6 @@ compiled kernel matters, a process of its own imports triton for compiling.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import children
 import crpo_kernels as ck
 from conftest import ROOT
 from crpo_kernels.plan import RING_ROWS, default_workspace
@@ -130,11 +130,11 @@ def test_compiled_kernels(script):
     It changes with every batch, and a variant compiles for a second. An option of an argument's
     name would take its value: launches pass all by name.
     """
-    paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels"))
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = children.environment()
+    environment.pop("TRITON_INTERPRET", None)
     made = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=ROOT, env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True,
+        cwd=ROOT, env=environment, capture_output=True, text=True,
         check=False, timeout=120,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr

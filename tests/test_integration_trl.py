@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -27,6 +26,7 @@ if MISSING:
 
 from trl import GRPOTrainer
 
+import children
 import trl_cases
 from crpo_fast.alarm import Verdict
 from crpo_fast.config import ConfigError
@@ -184,11 +184,9 @@ def test_stage_entropy_adds_the_gradient_of_the_paper(model, tmp_path, options):
 
 @pytest.mark.multirank
 def test_two_ranks(model, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     worker = [str(ROOT / "tests" / "trl_worker.py"), str(model), str(tmp_path)]
-    subprocess.run([*launcher, *worker], check=True, env=environment, timeout=240)
+    subprocess.run([*launcher, *worker], check=True, env=children.environment(), timeout=240)
     for case in json.loads((tmp_path / "ranks.json").read_text()):
         assert case["loss"] < 1e-5
         assert case["gradient"] < 1e-5

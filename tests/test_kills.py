@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+import children
+
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 PYTHON = [sys.executable]
@@ -38,13 +40,6 @@ def arguments(run_dir: Path, *, sft: int = 3, crpo: int = 5) -> list[str]:
 NEEDED = "cannot be resumed without it (its KL reference)"
 
 
-def environment() -> dict[str, str]:
-    torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in torchrun}
-    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [kept.get("PYTHONPATH")])]
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-
-
 def start(command: list[str]) -> subprocess.Popen[str]:
     """In a process group of its own, as a shell would start it."""
     return subprocess.Popen(
@@ -52,7 +47,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=children.environment(),
         start_new_session=True,
     )
 

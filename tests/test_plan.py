@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
+import children
 from crpo_fast import distributed, plan
 from crpo_fast.config import ConfigError, parse_arguments
 from crpo_fast.plan_model import model_maker, parameters_by_part
@@ -139,10 +139,9 @@ def test_a_plan_for_two_ranks_is_what_two_ranks_need(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     command += ["2", str(HERE / "plan_worker.py"), str(result), CONFIG, str(PROMPT)]
     command += [str(COMPLETION), *settings]
-    path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels")])
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env=children.environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = json.loads(result.read_text(encoding="utf-8"))

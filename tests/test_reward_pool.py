@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import children
 from crpo_fast import rewards
 from crpo_fast.reward_calls import RewardError, RewardTable
 from crpo_fast.reward_pool import InProcessRewards, RewardPool
@@ -290,9 +291,11 @@ pool.score(["p"] * 4, ["hang", "hang", "spin", "spin"], {}, 2)
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_die_with_the_trainer(signum):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", PARENT],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=children.environment(),
     )
     pids = [int(word) for word in parent.stdout.readline().split()]
     assert len(pids) == 3

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import children
 from crpo_fast import checkpoint, phases, train
 from crpo_fast.checkpoint import Best
 from crpo_fast.config_file import ConfigError
@@ -91,25 +92,24 @@ def acquired(folder: Path) -> RunLock:
 
 
 def test_the_lock_ends_with_its_holder_not_with_its_children(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env=children.environment(),
     )
     assert holder.stdout is not None
-    children = [int(pid) for pid in holder.stdout.readline().split()]
+    pids = [int(pid) for pid in holder.stdout.readline().split()]
     with pytest.raises(ConfigError, match=f"in use by process {holder.pid} on "):
         RunLock(tmp_path)
     holder.kill()
     holder.wait()
     try:
-        for pid in children:
+        for pid in pids:
             os.kill(pid, 0)  # both live
         acquired(tmp_path).release()
     finally:
-        for pid in children:
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import children
 from crpo_fast import train
 from crpo_fast.alarm import EntropyAlarm, Verdict
 from crpo_fast.stages import StageGrammar
@@ -267,11 +267,9 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path) -> None:
         str(run_dir),
         *slow,
     ]
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")
-    }
+    pipe = subprocess.PIPE
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        arguments, stdout=pipe, stderr=pipe, text=True, env=children.environment()
     )
     metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):

@@ -8,7 +8,6 @@ runs in one process on the same weights.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import children
 import triton_tools
 from layout_cases import covering_set
 from triton_layout_cases import CASES, TRAINER_CASES, Case, cases_of
@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.multirank, pytest.mark.skipif(bool(reason), reason=str
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Number of ranks -> what each rank found."""
     out = tmp_path_factory.mktemp("triton_layouts")
-    environment = {**os.environ, triton_tools.VARIABLE: "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = children.environment(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(
         [sys.executable, str(WORKER), str(out)],
         capture_output=True,

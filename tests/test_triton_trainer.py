@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import children
 from crpo_fast import distributed, policy, probes, train
 from crpo_fast.config import Config, ConfigError, parse_arguments
 from crpo_fast.distributed import World
@@ -96,13 +96,11 @@ def test_the_same_run_with_the_interpreter_picks_triton_and_says_so(
     arguments += ["--rewards.functions", "faulty_rewards:length", "--eval.limit", "1"]
     arguments += ["--phases.0.sequences_per_step", "2", "--rollout.prompts_per_step", "1"]
     arguments += ["--rollout.max_tokens", "8"]
-    folders = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    environment = children.environment(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     command = [sys.executable, str(ROOT / "crpo_fast" / "train.py"), *arguments]
     done = subprocess.run(
         [*command, "--run.dir", str(tmp_path / "triton")],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **environment},
+        capture_output=True, text=True, check=False, timeout=300, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     said = " ".join(done.stdout.split())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import children
 import crpo_kernels as ck
 from crpo_kernels.vocab_parallel import no_sums
 from triton_tools import why_no_triton
@@ -38,8 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     @functools.cache
     def start(kind: str) -> tuple[str, Path]:
         out = tmp_path_factory.mktemp("vocab_parallel")
-        environment = os.environ | ({"TRITON_INTERPRET": "1"} if kind else {})
-        environment["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent.parent), *sys.path])
+        environment = children.environment(**({"TRITON_INTERPRET": "1"} if kind else {}))
         command = [sys.executable, str(WORKER), str(out), *([kind] if kind else [])]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=280, check=False, env=environment

@@ -7,7 +7,6 @@ near 0 into updates, so a run with rewards is compared in fp64.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import children
 from crpo_fast import train
 
 HERE = Path(__file__).resolve().parent
@@ -39,15 +39,13 @@ def config(tmp_path: Path, dtype: str, algorithm: str = "sft") -> str:
 
 
 def at_two_ranks(*command: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", HERE)))
     done = subprocess.run(
         [*LAUNCH, *command],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        env=environment,
+        env=children.environment(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -66,8 +66,9 @@ def notes(case: dict[str, Any]) -> list[str]:
     """What each candidate does, and why a cell is empty."""
     lines = []
     for row in case["rows"]:
-        lacks = "".join(f"; no {name}: {why}" for name, why in row.get("lacks", {}).items())
-        lines.append(f"- {row['title']}: {row['note']}{lacks}")
+        lacks = [f"no {name}: {why}" for name, why in row.get("lacks", {}).items()]
+        if said := "; ".join(filter(None, [row["note"], *lacks])):
+            lines.append(f"- {row['title']}: {said}")
     return ["\n".join(lines)]
 
 
