@@ -67,8 +67,8 @@ def notes(case: dict[str, Any]) -> list[str]:
     lines = []
     for row in case["rows"]:
         lacks = [f"no {name}: {why}" for name, why in row.get("lacks", {}).items()]
-        if said := "; ".join(filter(None, [row["note"], *lacks])):
-            lines.append(f"- {row['title']}: {said}")
+        said = [part for part in [row["note"], *lacks] if part]
+        lines += [f"- {row['title']}: {'; '.join(said)}"] if said else []
     return ["\n".join(lines)]
 
 
