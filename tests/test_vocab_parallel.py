@@ -25,6 +25,7 @@ from vocab_parallel_cases import LOSSES, SHARDS
 
 WORKER = Path(__file__).with_name("vocab_parallel_worker.py")
 BOUND = 1e-6  # max |error| / max |value|, of every result and gradient in fp32
+EXACT = 1e-12  # the same in fp64
 KERNELS = 3e-6  # the interpreter's exp and log are those of numpy
 Results = Callable[..., list[dict[str, Any]]]
 
@@ -56,7 +57,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def beyond(
     errors: dict[str, float], rival: dict[str, float], bound: float = BOUND
 ) -> dict[str, float]:
-    """What is farther from the truth than ``bound`` and than twice the loss on the whole head."""
+    """What is farther from the truth than ``bound`` and than twice plain torch in the same dtype.
+
+    Logits here reach 30, where neighbouring fp32 numbers are 1.9e-6 nats apart; a rounded logit
+    moves its probability and the ratio by as much, in plain torch too.
+    """
     floors = {"ratio": 4 * bound}  # the exp of a difference of up to 20
     return {
         name: e
@@ -69,9 +74,10 @@ def beyond(
 def test_losses_and_gradients_are_those_of_the_whole_head(ranks: int, results: Results) -> None:
     for rank, found in enumerate(results(ranks)):
         assert {name.split("-")[0] for name in found["losses"]} == set(LOSSES)
-        for case, (errors, rival) in found["losses"].items():
-            assert not beyond(errors, rival), (rank, case, beyond(errors, rival))
-        assert max(found["float64"][0].values()) < 1e-13
+        for case, of in found["losses"].items():
+            over = beyond(of["errors"], of["rival"])
+            assert not over, (rank, case, over)
+            assert max(of["exact"].values()) < EXACT, (rank, case, of["exact"])
 
 
 @pytest.mark.parametrize("ranks", SHARDS)
@@ -161,8 +167,9 @@ def test_torch_compile_breaks_the_graph_or_refuses(results: Results) -> None:
 @pytest.mark.skipif(why_no_triton() is not None, reason=str(why_no_triton()))
 def test_the_kernels_do_the_same(results: Results) -> None:
     for rank, found in enumerate(results(2, "triton")):
-        for case, (errors, rival) in found["losses"].items():
-            assert not beyond(errors, rival, KERNELS), (rank, case, beyond(errors, rival, KERNELS))
+        for case, of in found["losses"].items():
+            over = beyond(of["errors"], of["rival"], KERNELS)
+            assert not over, (rank, case, over)
         for case, errors in found["logprobs"].items():
             assert not beyond(errors, {}, KERNELS), (rank, case, beyond(errors, {}, KERNELS))
 
