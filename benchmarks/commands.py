@@ -21,7 +21,7 @@ COMMANDS = {  # name -> what it does
     "roofline": "the cost model: operations, bytes and floor of each step",
     "rollout": "tokens per second of the rollout engines beside transformers' generate",
     "score": "logprobs and entropies without gradients beside their floor and peers",
-    "readme": "write the numbers of the result files into README.md",
+    "readme": "write the numbers of the result files into README.md and docs/",
     "step": "the training phase of one optimizer step, ours and TRL's",
 }
 MODULES = {

@@ -1,7 +1,8 @@
-"""The numbers of the README, made from the committed result files: `python -m benchmarks readme`.
+"""The numbers of the pages, made from the committed result files: `python -m benchmarks readme`.
 
 Each block stands between `<!-- name -->` and `<!-- /name -->`; a test compares them with what this
-code makes. `python -m benchmarks record <run> <config>` turns a finished run into a result file.
+code makes. README.md has them at a glance, docs/ whole.
+`python -m benchmarks record <run> <config>` turns a finished run into a result file.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import plot
+from .drawing.log_plot import bytes_text
 from .gpu_gate import command as gpu_gate
 from .losses import plot as loss_plot
 from .machine import headline
@@ -23,6 +25,11 @@ from .quickstart import command as quickstart
 from .quickstart import dual
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = {  # page with blocks -> the repository's root from there
+    ROOT / "README.md": "",
+    ROOT / "docs" / "training.md": "../",
+    ROOT / "docs" / "benchmarks.md": "../",
+}
 NOT_MEASURED = "Not measured yet."
 GPU_NOT_MEASURED = "GPU numbers are not measured yet."
 RUNS = {
@@ -55,6 +62,85 @@ def record(run_dir: Path, name: str, command: str, machine: dict[str, Any]) -> d
         "reward_first_quarter": sum(rewards[:size]) / size,
         "reward_last_quarter": sum(rewards[-size:]) / size,
     }
+
+
+def all_block() -> str:
+    """How long all commands together took."""
+    report = load("all_cpu")
+    if report is None:
+        return NOT_MEASURED
+    file = "[all_cpu.json](benchmarks/results/all_cpu.json)"
+    return f"All commands together took {report['seconds']:.0f} s ({file}): {headline(report)}"
+
+
+def glance_block() -> str:
+    """The loss beside others at one shape, then a line for each other measurement."""
+    loss = load("loss_cpu")
+    if loss is None:
+        return NOT_MEASURED
+    case = loss["cases"][0]
+    rows = [row for row in case["rows"] if "missing" not in row]
+    rows.sort(key=lambda row: row["seconds"]["warm"]["median"])
+    columns = {
+        "warm": "ms (20 .. 80 %)",
+        "floor_share": "% of the floor",
+        "peak_bytes": "peak MiB",
+        "d_weight": "error of dW, rms / max",
+        "entropy_gradient": "entropy gradient",
+    }
+    lines = [
+        [loss_plot.title_of({**row, "note": "", "lacks": {}}, loss_plot.Notes())]
+        + [loss_plot.COLUMNS[name][1](row) or "-" for name in columns]
+        for row in rows
+    ]
+    parts = [
+        f"Loss and all gradients, {case['name']} head, {case['case']}:\n{headline(loss)}",
+        loss_plot.markdown(["", *columns.values()], lines),
+        loss_plot.markdown(["", "ours", "beside it", "command"], list(_other_lines())),
+    ]
+    is_measured = gpu_block() != GPU_NOT_MEASURED
+    gpu = "[GPU numbers](docs/benchmarks.md#gpu-numbers)." if is_measured else GPU_NOT_MEASURED
+    return "\n\n".join([*parts, gpu])
+
+
+def _other_lines() -> Iterator[list[str]]:
+    """One line each for scoring, planned memory, the training step and sampling: ours first."""
+
+    def line(
+        title: str, report: dict[str, Any], cells: list[tuple[dict[str, Any], str]]
+    ) -> list[str]:
+        (_, ours), *others = cells
+        beside = [
+            f"{row['title']} {row.get('version', '')}".strip() + ": " + x for row, x in others
+        ]
+        return [title, f"**{ours}**", "; ".join(beside), f"`{report['command']}`"]
+
+    if score := load("score_cpu"):
+        case = score["cases"][0]
+        rows = [row for kind in ("ours", "plain", "peer") for row in loss_plot.ran(case, kind)[:1]]
+        yield line("scoring without gradients, same head", score, [(r, _scored(r)) for r in rows])
+    if memory := load("memory_cpu"):
+        case = memory["cases"][0]
+        rows = [row for row in case["planned"] if row["key"] in ("one_pass", "naive")]
+        title = f"memory of the loss at {case['planned_case']} on a GPU, planned and not measured"
+        yield line(title, memory, [(row, bytes_text(row["peak_bytes"])) for row in rows])
+    if step := load("step_cpu"):
+        rows = [row for row in step["rows"] if "missing" not in row]
+        yield line(f"training step, {step['case']['model']} model", step, [
+            (row, f"{row['seconds']['median']:.2f} s, {row['memory']['peak'] / 2**20:.0f} MiB")
+            for row in rows
+        ])  # fmt: skip
+    if rollout := load("rollout_cpu"):
+        case = rollout["cases"][0]
+        rows = [row for row in case["rows"] if "missing" not in row]
+        rates = [f"{row['tokens_per_second']['median']:,.0f} tokens/s" for row in rows]
+        cells = list(zip(rows, rates, strict=True))
+        yield line(f"sampling, {case['case']}", rollout, cells)
+
+
+def _scored(row: dict[str, Any]) -> str:
+    text = f"{loss_plot.milliseconds(row['seconds']['warm']['median'])} ms"
+    return f"{text} (no entropy)" if "entropy" in row.get("lacks", {}) else text
 
 
 def quickstart_block() -> str:
@@ -172,6 +258,8 @@ def gpu_block() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "glance": glance_block,
+    "all": all_block,
     "quickstart": quickstart_block,
     "dual": dual_block,
     "smollm2": smollm2_block,
@@ -181,21 +269,21 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 
 
-def fill(text: str) -> str:
-    """``text`` with every block made anew."""
+def fill(text: str, root: str = "") -> str:
+    """``text`` with every block made anew; ``root`` is the repository's root for its links."""
     for name, make in BLOCKS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        block = make()
+        block = make().replace("](benchmarks/", f"]({root}benchmarks/")
         text = re.sub(pattern, lambda m, b=block: f"{m[1]}{b}\n{m[2]}", text, flags=re.DOTALL)
     return text
 
 
 def write() -> None:
-    """Draw every result file again, and rewrite README.md."""
+    """Draw every result file again, and rewrite the pages."""
     for file in plot.committed():
         plot.draw(plot.read(file), file.with_suffix(""))
-    page = ROOT / "README.md"
-    page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, root in PAGES.items():
+        page.write_text(fill(page.read_text(encoding="utf-8"), root), encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +291,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> int:  # noqa: ARG001
-    """Rewrite what is drawn of results, and README.md."""
+    """Rewrite what is drawn of results, and the numbers of the pages."""
     write()
     return 0

@@ -1,4 +1,4 @@
-"""The numbers in the README are those of the committed result files."""
+"""The numbers of the README and of docs/ are those of the committed result files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import pytest
 import report_cases
 from benchmarks import plot, readme
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in readme.PAGES}
+TEXT = TEXTS["README.md"]
 
 
-def test_the_readme_is_what_the_files_say() -> None:
-    assert readme.fill(TEXT) == TEXT, "run `python -m benchmarks readme`"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_a_page_is_what_the_files_say(page: Path) -> None:
+    text = TEXTS[page.name]
+    assert readme.fill(text, readme.PAGES[page]) == text, "run `python -m benchmarks readme`"
 
 
 @pytest.mark.parametrize("name", readme.BLOCKS)
 def test_every_block_is_there_once(name: str) -> None:
-    assert len(re.findall(rf"<!-- {name} -->\n.+?<!-- /{name} -->", TEXT, re.DOTALL)) == 1
+    pattern = rf"<!-- {name} -->\n.+?<!-- /{name} -->"
+    assert sum(len(re.findall(pattern, text, re.DOTALL)) for text in TEXTS.values()) == 1
 
 
 def test_a_changed_number_is_noticed() -> None:
@@ -61,13 +65,31 @@ def test_a_block_is_what_its_file_says(tmp_path: Path, monkeypatch: pytest.Monke
     assert "Some GPU, 80.0 GiB, driver 1.2, CUDA 13.0" in readme.gpu_block()
 
 
-def test_no_gpu_number_without_a_result_file() -> None:
+def test_at_a_glance_the_fastest_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.BLOCKS["glance"]() == readme.NOT_MEASURED
+    report = report_cases.report()
+    plot.write(report, tmp_path / "loss_cpu")
+    block = readme.BLOCKS["glance"]()
+    assert block.startswith("Loss and all gradients")
+    assert block.endswith(readme.GPU_NOT_MEASURED)
+    assert "| **crpo_kernels, one pass** | 1250 (1238 .. 1275) | 96 | 320 |" in block
+    ran = [row for row in report["cases"][0]["rows"] if "missing" not in row]
+    times = [float(cell) for cell in re.findall(r"^\| [^|]+ \| (\d[\d.]*) ?[^|]*\| ", block, re.M)]
+    assert len(times) == len(ran)
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks.md"])
+def test_no_gpu_number_without_a_result_file(page: str) -> None:
+    text = TEXTS[page]
     if (readme.RESULTS / "gpu_gate.json").exists():
-        assert readme.GPU_NOT_MEASURED not in TEXT
+        assert readme.GPU_NOT_MEASURED not in text
         return
-    assert readme.GPU_NOT_MEASURED in TEXT
-    text = TEXT
-    for name in readme.MEASURED:  # of a CPU
+    assert readme.GPU_NOT_MEASURED in text
+    for name in ("glance", *readme.MEASURED):  # of a CPU
         text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", "", text, flags=re.DOTALL)
     assert re.findall(r"\d ?ms\b|\b(?:H100|H200|A100|B200|MI300X?)\b", text) == []
 
