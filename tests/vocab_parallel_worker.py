@@ -229,6 +229,7 @@ def refusals(rank: int) -> Results:
         "no_group": message(rank, process_group="tp"),
         "dense": message(rank, backend="dense"),
         "right_after_all": message(rank),
+        "right_of_no_rows": message(rank, num_rows=0),
         "group_of_others": message(rank, process_group=outsiders) if rank == 0 else "",
     }
 

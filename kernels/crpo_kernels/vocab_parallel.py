@@ -323,7 +323,7 @@ def _digest(text: str) -> int:
 def _checksum(labels: Tensor) -> int:
     """A number that other labels, or the same in another order, hardly have."""
     flat = labels.reshape(-1).long()
-    odd = torch.arange(1, 2 * flat.numel(), 2, device=flat.device)
+    odd = torch.arange(1, 2 * flat.numel() + 1, 2, device=flat.device)
     return int((flat * odd).sum())
 
 
