@@ -164,6 +164,8 @@ def dual_block() -> str:
     if report is None or not file.exists():
         return NOT_MEASURED
     return (
+        f"`{report['command']}`, commit {report['machine']['commit']} "
+        "([file](benchmarks/results/quickstart_dual.csv)).\n\n"
         f"{dual.table(dual.read_traces(file), report['runs'])}\n\n"
         "![Stage entropy against its band, and the coefficients, by seed]"
         "(benchmarks/results/quickstart_dual.svg)"

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LAYOUTS = ("packed", "shared", "padded")  # of the tokens of a MicroBatch: see `packing`
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

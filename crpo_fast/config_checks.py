@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from crpo_fast.batch import LAYOUTS
 from crpo_fast.config_file import ConfigError
 from crpo_fast.config_ranges import check_ranges
 
@@ -18,7 +19,6 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "constant", "bnpo")
 LOSS_BACKENDS = ("auto", "triton", "torch", "dense")  # of crpo_kernels
 SCORE_KERNELS = ("auto", "fused", "chunks")
 SCORE_HEADS = ("full", "fp8")
-LAYOUTS = ("packed", "shared", "padded")  # of packing
 LR_SCHEDULES = ("linear", "cosine", "constant")
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-LAYOUTS = ("packed", "shared", "padded")
+from crpo_fast.batch import LAYOUTS
 
 
 @dataclass(frozen=True, slots=True)

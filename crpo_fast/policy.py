@@ -9,8 +9,8 @@ wrong gradients at more than one rank.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +20,13 @@ from torch.distributed.tensor import DTensor
 
 from crpo_fast import attention, distributed, lora
 from crpo_fast.distributed import World
-from crpo_fast.model_check import UnsupportedModelError, check_packing, head_options
+from crpo_fast.model_check import check_packing, head_options
 from crpo_fast.packing import MicroBatch
 from crpo_fast.score_head import ERRORS, exact_differences
 from crpo_kernels import linear_logprobs
 
 if TYPE_CHECKING:
     from crpo_fast.loss import LossSpec
-
-__all__ = [
-    "HeadFunction",
-    "Policy",
-    "UnsupportedModelError",
-    "copy_weights",
-    "create",
-    "head_options",
-    "install_head",
-]
 
 # compute(hidden [R, D], weight [V, D], **head arguments) -> tensor or pytree of tensors
 HeadFunction = Callable[..., Any]
@@ -81,12 +71,8 @@ class Policy:
                 errors = exact_differences(out.logprobs, hidden, weight, labels, **shared)
             return out.logprobs, errors
 
-        training = self.model.training
-        self.model.eval()  # no dropout of adapters
-        found = self(batch, compute)
-        self.model.train(training)
-        distributed.reshard(self.model)
-        return found
+        with self._evaluating():
+            return self(batch, compute)
 
     def with_logprobs(self, batch: MicroBatch, name: str, spec: LossSpec) -> MicroBatch:
         """``batch`` with the vector ``name``: this policy's logprobs, as ``spec`` scores."""
@@ -96,10 +82,17 @@ class Policy:
 
     def check_packing(self) -> None:
         """Two forwards of a few tokens; see ``model_check.check_packing``. A collective."""
-        was_training, name = self.model.training, type(self.model).__name__
+        name = type(self.model).__name__
+        with self._evaluating():
+            check_packing(lambda batch, compute: self(batch.to(self.world.device), compute), name)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout, an adapter's too; afterwards no stale gathered weights are left."""
+        was_training = self.model.training
         self.model.eval()
         try:
-            check_packing(lambda batch, compute: self(batch.to(self.world.device), compute), name)
+            yield
         finally:
             self.model.train(was_training)
             distributed.reshard(self.model)

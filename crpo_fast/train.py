@@ -53,12 +53,12 @@ from crpo_fast.endings import (  # noqa: E402
 from crpo_fast.entropy_watch import EntropyWatch  # noqa: E402
 from crpo_fast.experience import Experience  # noqa: E402
 from crpo_fast.loss import loss_spec  # noqa: E402
+from crpo_fast.model_check import UnsupportedModelError  # noqa: E402
 from crpo_fast.models import ModelError  # noqa: E402
 from crpo_fast.nonfinite import NonFiniteError  # noqa: E402
 from crpo_fast.optim import learning_rate, set_learning_rate  # noqa: E402
 from crpo_fast.peers import Peers  # noqa: E402
 from crpo_fast.phases import Run  # noqa: E402
-from crpo_fast.policy import UnsupportedModelError  # noqa: E402
 from crpo_fast.reward_pool import Scorer  # noqa: E402
 from crpo_fast.rewards import RewardError  # noqa: E402
 from crpo_fast.rollout import RolloutError  # noqa: E402

@@ -34,7 +34,7 @@ from crpo_fast.entropy_watch import EntropyWatch
 from crpo_fast.integrations import trl_objective as terms
 from crpo_fast.integrations.trl import CRPOTrainer, EntropyConfig, StageConfig, check_version
 from crpo_fast.integrations.trl_head import install_head
-from crpo_fast.policy import UnsupportedModelError
+from crpo_fast.model_check import UnsupportedModelError
 from trl_cases import train
 
 ROOT = Path(__file__).resolve().parent.parent

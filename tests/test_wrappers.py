@@ -21,7 +21,7 @@ import transformers
 from torch import nn
 
 from crpo_fast.integrations.causal_lm import add_fused_head
-from crpo_fast.policy import UnsupportedModelError
+from crpo_fast.model_check import UnsupportedModelError
 from wrapper_cases import (
     SIZES,
     fused_loss,

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from crpo_fast.attention import SDPA_PACKED, choose_attention
 from crpo_fast.batch import SamplingParams
+from crpo_fast.model_check import head_options
 from crpo_fast.packing import Sequence, pack
-from crpo_fast.policy import head_options, install_head
+from crpo_fast.policy import install_head
 from crpo_fast.rollout.hf import HFEngine
 from crpo_fast.rollout.static import StaticEngine
 from crpo_kernels import linear_logprobs

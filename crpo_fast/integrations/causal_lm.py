@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from crpo_fast.policy import UnsupportedModelError, head_options
+from crpo_fast.model_check import UnsupportedModelError, head_options
 
 HeadFunction = Callable[..., Any]  # (hidden [B, L, D], weight [V, D], **options) -> tensors
 _OF_LOGITS = ("labels", "logits_to_keep")  # arguments of a forward that make or cut logits

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .aligned import Lengths, counted_lengths
 from .autograd import ObjectiveLoss, OnePassLoss, head_logprobs
-from .chunked import Head, one_pass, stats_dtype, without_autocast
+from .chunked import Head, one_pass, stats_dtype
 from .compilation import uncompiled_reason
 from .dispatch import (
     choose_backend,
@@ -29,6 +29,7 @@ from .factors import Adapter, Factors, Needs
 from .host import is_fake
 from .lora import operations, with_adapter
 from .plan import HeadSizes
+from .products import without_autocast
 from .quantised import check_head_dtype, widened
 from .reference import dense_logits, dense_logprobs
 from .row_table import Objective, RowTable

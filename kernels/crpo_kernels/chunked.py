@@ -18,7 +18,6 @@ G, and where dZ overwrites Z.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from .factors import NO_NEEDS, Factors, Needs
 from .plan import SLAB_BYTES, Plan, is_separate, padded, product_rows, raw_dtype
-from .products import add_product, product, scaled
+from .products import add_product, product, scaled, without_autocast
 from .quantised import put_logits
 from .row_table import OUTPUTS, SUMS, ExpWork, Objective, RowTable, RowWork
 from .rows import LogitView, RowStats
@@ -65,13 +64,6 @@ class Gradients:
 def stats_dtype(tensor: Tensor) -> torch.dtype:
     """fp64 inputs are worked in fp64, everything else in fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off: the casts have been made, what follows says its dtypes itself."""
-    if not torch.amp.is_autocast_available(tensor.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class Chunks:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .factors import Factors, Needs
 from .plan import Plan
+from .products import without_autocast
 from .validate import check_plain, is_number
 
 EXPECTED = "lora_head: expected (A [r, {dim}], B [{vocab}, r], scaling)"
@@ -37,10 +37,7 @@ def with_adapter(factors: Factors, lora_head: object) -> Factors:
         return factors
     hidden, weight = factors.hidden, factors.weight
     down, up, scaling = _checked(lora_head, hidden, weight)
-    if torch.amp.is_autocast_available(hidden.device.type):
-        with torch.autocast(hidden.device.type, enabled=False):
-            states = nn.functional.linear(hidden, down.to(hidden.dtype)) * scaling
-    else:
+    with without_autocast(hidden):
         states = nn.functional.linear(hidden, down.to(hidden.dtype)) * scaling
     return factors._replace(states=states, up=up.to(hidden.dtype))
 

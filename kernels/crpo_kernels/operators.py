@@ -26,11 +26,10 @@ from .chunked import (
     one_pass,
     score,
     stats_dtype,
-    without_autocast,
 )
 from .dispatch import one_pass_reason
 from .factors import NO_NEEDS, Adapter, Factors, Needs
-from .products import product, scaled
+from .products import product, scaled, without_autocast
 from .row_table import OUTPUTS, Objective
 from .rows import RowStats
 from .spec import Logprobs, ObjectiveSpec, RunOptions, TokenInputs, TokenStats

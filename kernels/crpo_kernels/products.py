@@ -6,10 +6,19 @@ bf16; where fp32 is wanted there (Triton's interpreter, for checking) the factor
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from .host import is_fake
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off: the casts have been made, what follows says its dtypes itself."""
+    if not torch.amp.is_autocast_available(tensor.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def is_wide(factor: Tensor) -> bool:
