@@ -60,6 +60,14 @@ def head_options(model: PreTrainedModel) -> dict[str, float]:
 
     Raises:
         UnsupportedModelError: from hidden states to logits the model does anything else.
+
+    Example:
+        >>> from transformers import GraniteConfig, GraniteForCausalLM
+        >>> sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8}
+        >>> config = GraniteConfig(
+        ...     **sizes, num_hidden_layers=1, num_attention_heads=2, logits_scaling=4.0)
+        >>> head_options(GraniteForCausalLM(config))
+        {'logit_scale': 0.25}
     """
     kind, config = type(model).__name__, model.config
     if config.get_text_config() is not config:

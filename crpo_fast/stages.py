@@ -93,6 +93,14 @@ class StageGrammar:
 
     Raises:
         ValueError: an unknown schedule, numbers out of range, or tags that clash.
+
+    Example:
+        >>> grammar = StageGrammar.preset("mental_r1")
+        >>> text = grammar.render(dict.fromkeys(grammar.names, "..."), answer="stress")
+        >>> grammar.is_well_formed(text), grammar.extract_answer(text)
+        (True, 'stress')
+        >>> grammar.is_well_formed(text.replace("<answer>", ""))
+        False
     """
 
     stages: tuple[Stage, ...] = ()

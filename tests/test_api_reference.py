@@ -30,6 +30,7 @@ HAVE_EXAMPLES = {
     *("linear_logprobs", "linear_policy_loss", "ObjectiveSpec.preset", "aggregation_weights"),
     *("stage_entropy_weights", "explain_choice", "choose_backend", "unsupported_reason"),
     *("fused_linear_for_ppo", "add_fused_head", "StageGrammar.preset", "group_advantages"),
+    *("head_options", "is_well_formed", "extract_answer"),
 }
 HAVE_UNITS = {  # of what they take or return
     "nats": {
