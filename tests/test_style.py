@@ -35,7 +35,8 @@ def text_files() -> Iterator[Path]:
     tops = [path for path in ROOT.iterdir() if path.is_file()]
     inner = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     for path in sorted([*tops, *inner]):
-        if path.suffix in TEXT and "__pycache__" not in path.parts and path.name != "LICENSE":
+        is_ours = path.name not in ("LICENSE", ".git")  # a file in another working tree of git
+        if path.suffix in TEXT and "__pycache__" not in path.parts and is_ours:
             yield path
 
 
