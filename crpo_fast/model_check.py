@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from crpo_fast import lora
 from crpo_fast.packing import MicroBatch, Sequence, pack
 
-__all__ = ["UnsupportedModelError", "check_packing", "head_options"]
+__all__ = ["UnsupportedModelError", "check_packing", "check_rotations", "head_options"]
 
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _LARGEST = (0.5, 5.0, 40.0, 200.0)  # largest logit of each random state, before any soft cap
@@ -52,8 +52,8 @@ def head_options(model: PreTrainedModel) -> dict[str, float]:
     Call it before the model is sharded. Weights without numbers (meta, fake) are not compared.
 
     Args:
-        model: a causal LM of transformers. Its forward runs once, with random hidden states [1, 4,
-            D] in place of its decoder; at the end the model is as it was.
+        model: a causal LM of transformers. Its forward runs twice, in eval and in train mode,
+            with random hidden states [1, 4, D] in place of its decoder; then it is as it was.
 
     Returns:
         ``logit_scale`` and ``logit_softcap``, where the model has them.
@@ -81,10 +81,28 @@ def head_options(model: PreTrainedModel) -> dict[str, float]:
             f"model: expected an nn.Linear output head, got {type(head).__name__} in {kind}. "
             f"The fused loss needs {_FORMULA}. {_ADVICE}"
         )
+    _check_parameters(model)
     options = _configured(config)
     if not (head.weight.is_meta or isinstance(head.weight, FakeTensor)):
         _compare(model, head, options)
     return options
+
+
+def _check_parameters(model: PreTrainedModel) -> None:
+    """Refuse what belongs neither to the decoder nor to the head: the loss would not train it.
+
+    A bias of 0, a factor of 1 and a layer that is the identity so far show in no logits.
+    """
+    parts = (model.base_model, model.get_output_embeddings())
+    known = {id(parameter) for part in parts for parameter in part.parameters()}
+    others = [name for name, value in model.named_parameters() if id(value) not in known]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UnsupportedModelError(
+            f"model: expected a decoder, an output head and no other parameters, got "
+            f"{', '.join(others[:3])}{more} in {type(model).__name__}, which the fused loss does "
+            f"not know. {_ADVICE}"
+        )
 
 
 def _configured(config: Any) -> dict[str, float]:
@@ -117,23 +135,30 @@ def _compare(model: Any, head: nn.Linear, options: dict[str, float]) -> None:
     expected = linear(hidden, weight, head.bias).double() * scale  # [4, V]
     if cap is not None:
         expected = cap * (expected / cap).tanh()
-    found = _own_logits(model, hidden).double()
-    difference = f"logits of shape {list(found.shape[1:])} instead of {list(expected.shape[1:])}"
-    if found.shape == expected.shape:
-        errors = (found - expected).abs().amax(1) / expected.abs().amax(1)  # [4]
-        limit = 2e-2 if weight.dtype.itemsize == 2 else 1e-3
-        if bool((errors <= limit).all()):
-            return
-        row = int(errors.nan_to_num(nan=torch.inf).argmax())
-        ratio = float((found[row] * expected[row]).sum() / expected[row].square().sum())
-        difference = (
-            f"other ones: of logits up to {float(expected[row].abs().max()):.3g} by this formula "
-            f"its own differ by up to {float((found[row] - expected[row]).abs().max()):.3g} (they "
-            f"are {ratio:.3g} times as large)"
-        )
-    raise UnsupportedModelError(
-        f"model: expected {_FORMULA} with {_values(options, head)}, as its config says, got "
-        f"{difference} from {kind}.forward. {_ADVICE}"
+    for is_training in (False, True):  # a dropout before the head shows in training alone
+        found = _own_logits(model, hidden, is_training).double()
+        difference = _difference(found, expected, 2e-2 if weight.dtype.itemsize == 2 else 1e-3)
+        if difference:
+            mode = "train" if is_training else "eval"
+            raise UnsupportedModelError(
+                f"model: expected {_FORMULA} with {_values(options, head)}, as its config says, "
+                f"got {difference} from {kind}.forward (model.{mode}()). {_ADVICE}"
+            )
+
+
+def _difference(found: Tensor, expected: Tensor, limit: float) -> str:
+    """What is wrong with logits [4, V], or nothing; ``limit`` is relative, of the row's largest."""
+    if found.shape != expected.shape:
+        return f"logits of shape {list(found.shape[1:])} instead of {list(expected.shape[1:])}"
+    errors = (found - expected).abs().amax(1) / expected.abs().amax(1)  # [4]
+    if bool((errors <= limit).all()):
+        return ""
+    row = int(errors.nan_to_num(nan=torch.inf).argmax())
+    ratio = float((found[row] * expected[row]).sum() / expected[row].square().sum())
+    return (
+        f"other ones: of logits up to {float(expected[row].abs().max()):.3g} by this formula its "
+        f"own differ by up to {float((found[row] - expected[row]).abs().max()):.3g} (they are "
+        f"{ratio:.3g} times as large)"
     )
 
 
@@ -143,16 +168,17 @@ def _values(options: dict[str, float], head: nn.Linear) -> str:
     return f"scale {options.get('logit_scale', 1.0):g}, {cap}, {bias}"
 
 
-def _own_logits(model: Any, hidden: Tensor) -> Tensor:  # [n, D] -> [n, V]
+def _own_logits(model: Any, hidden: Tensor, is_training: bool) -> Tensor:  # [n, D] -> [n, V]
     """What the model's forward makes of hidden states that its decoder is said to have returned."""
     kind, decoder = type(model).__name__, model.base_model
-    ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+    # not 0, a frequent padding token, whose embedding is zero
+    ids = torch.arange(1, 1 + hidden.shape[0], device=hidden.device)[None]
     if decoder is model:
         raise UnsupportedModelError(
             f"model: expected a decoder under {kind}.{model.base_model_prefix}, got none. {_ADVICE}"
         )
     try:
-        with _returning(decoder, hidden[None]) as calls:
+        with _mode(model, is_training), _returning(decoder, hidden[None]) as calls:
             logits = model(input_ids=ids, use_cache=False).logits
     except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
         raise UnsupportedModelError(
@@ -165,6 +191,18 @@ def _own_logits(model: Any, hidden: Tensor) -> Tensor:  # [n, D] -> [n, V]
             f"{len(calls)} calls. {_ADVICE}"
         )
     return logits[0]
+
+
+@contextmanager
+def _mode(model: nn.Module, is_training: bool) -> Iterator[None]:
+    """Inside, every module is in that mode; afterwards each is in its own again."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(is_training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
 
 
 @contextmanager
@@ -215,3 +253,37 @@ def check_packing(policy: Callable[[MicroBatch, Callable[..., Tensor]], Tensor],
             f"{kind}: other tokens in the first of two moved the second one's hidden states by "
             f"{moved:.2%} (rms). Type --train.layout padded."
         )
+
+
+def check_rotations(config: Any, prompt_tokens: int, completion_tokens: int) -> None:
+    """Refuse lengths from which on the longest sequence of a batch changes the rotations of all.
+
+    transformers' ``dynamic`` and ``longrope`` look at the largest position of a call: logprobs of
+    rollouts, of packed rows and of sequences alone would be different ones.
+
+    Args:
+        config: of transformers.
+        prompt_tokens: of the longest prompt.
+        completion_tokens: of the longest completion.
+
+    Raises:
+        UnsupportedModelError: the sum of both is beyond that length.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    for found in (parameters, *parameters.values()):  # the second: of each type of layer
+        kind = found.get("rope_type") if isinstance(found, dict) else None
+        if kind not in ("dynamic", "longrope"):
+            continue
+        limit = config.get_text_config().max_position_embeddings
+        if kind == "longrope":
+            limit = found["original_max_position_embeddings"]
+        if prompt_tokens + completion_tokens > limit:
+            rest = limit - prompt_tokens
+            advice = (
+                f"--rollout.max_tokens {rest}" if rest > 0 else "a lower --data.max_prompt_tokens"
+            )
+            raise UnsupportedModelError(
+                f"rollout.max_tokens: expected prompts and completions of at most {limit} tokens, "
+                f"as above it the longest of a batch changes the rotations of all ({kind}), "
+                f"got {prompt_tokens} + {completion_tokens}. Type {advice}."
+            )

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def load_model(
     config = check_model(path)
     tokenizer = load_tokenizer(path)
     try:
-        with _no_progress_bars():
+        with _quietly():
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
@@ -212,7 +213,7 @@ def export_model(
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with _no_progress_bars():
+    with _quietly():
         model.save_pretrained(temporary, state_dict=weights)  # empties the dictionary
     tokenizer.save_pretrained(temporary)
     _write_dtype(temporary / "config.json", stored)
@@ -253,14 +254,21 @@ def _replace(temporary: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
+def _quietly() -> Iterator[None]:
+    """No progress bars, and no word about the GPU from deepspeed, which accelerate imports."""
+    shown, deepspeed = logging.is_progress_bar_enabled(), getLogger("DeepSpeed")
     logging.disable_progress_bar()
+    deepspeed.addFilter(_is_error)
     try:
         yield
     finally:
+        deepspeed.removeFilter(_is_error)
         if shown:
             logging.enable_progress_bar()
+
+
+def _is_error(record: LogRecord) -> bool:
+    return record.levelno >= ERROR
 
 
 def _first_line(error: BaseException) -> str:

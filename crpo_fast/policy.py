@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import embedding
 
 from crpo_fast import attention, distributed, lora
 from crpo_fast.distributed import World
@@ -177,7 +178,9 @@ def install_head(model: Any) -> None:
             use_cache=False,  # with a cache, packed sequences would see each other
             **where,
         ).last_hidden_state  # [B, L, D]
-        hidden = hidden.flatten(0, 1)[batch.rows]  # [R, D]
+        # rows repeat where prompts are shared; an indexed sum over threads would vary in its last
+        # bits from run to run, and an embedding's does not
+        hidden = embedding(batch.rows, hidden.flatten(0, 1))  # [R, D]
         return self.get_output_embeddings()(hidden, compute, options)
 
     head.forward = types.MethodType(forward, head)

@@ -122,20 +122,22 @@ def _model(session: Session) -> str:
 def _parameters(session: Session) -> str:
     sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in _all(session)]
     count, trained = (sum(n for n, _, t in sizes if t or not only) for only in (False, True))
-    share = "all trained" if trained == count else f"{_millions(trained)} trained"
+    share = "all trained" if trained == count else f"{_rounded(trained)} trained"
     held = sum(n * item * (4 if t else 1) for n, item, t in sizes) / session.world.size
     lora = session.config.lora
     if lora.rank:
         where = ", ".join([*(lora.targets or ("the blocks",)), *["lm_head"] * lora.head])
         share += f" (LoRA of rank {lora.rank} on {where})"
-    return f"{_millions(count)}, {share}; {held / 2**20:,.1f} MiB a rank with gradients and AdamW"
+    return f"{_rounded(count)}, {share}; {held / 2**20:,.1f} MiB a rank with gradients and AdamW"
 
 
 def _all(session: Session) -> list[torch.nn.Parameter]:
     return list(session.policy.model.parameters())
 
 
-def _millions(count: int) -> str:
+def _rounded(count: int) -> str:
+    if count < 1e5:
+        return f"{count / 1e3:.1f} K"
     return f"{count / 1e6:,.2f} M" if count < 1e8 else f"{count / 1e6:,.0f} M"
 
 

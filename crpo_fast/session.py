@@ -19,6 +19,7 @@ from crpo_fast.checkpoint_files import whole_folder
 from crpo_fast.config import Config, ConfigError
 from crpo_fast.distributed import World
 from crpo_fast.loss import kernel_options, scoring_options
+from crpo_fast.model_check import check_rotations
 from crpo_fast.policy import Policy
 from crpo_fast.reward_pool import Scorer
 from crpo_fast.rollout import Engine
@@ -219,6 +220,7 @@ def build(config: Config, world: World, run_dir: Path, scorer: Scorer | None = N
             freeze_head=settings.freeze_head,
         )
         check_layout(config, model)
+        check_rotations(model.config, config.data.max_prompt_tokens, config.rollout.max_tokens)
         if config.train.layout != "padded":
             policy.check_packing()
     check_workspace(config, model, world.device)

@@ -241,7 +241,7 @@ def test_first_screen_says_what_and_why(
     assert end <= 20
     assert max(map(len, lines[:end])) <= 110
     assert rows["model"] == ("built here: llama, 1 layer, hidden 16, vocabulary 700, tied head")
-    assert rows["parameters"].startswith("0.01 M, all trained; 0.2 MiB a rank with gradients")
+    assert rows["parameters"].startswith("13.2 K, all trained; 0.2 MiB a rank with gradients")
     assert rows["ranks"].startswith("1 on cpu, ")
     assert rows["dtype"] == "float32 compute (by model.compute_dtype), float32 masters"
     assert rows["attention"] == "sdpa_packed: sdpa, as flash attention does not run on cpu"

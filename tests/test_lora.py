@@ -186,7 +186,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_to_the_bit(
     whole, later = tmp_path / "whole", tmp_path / "later"
     assert train.main([TINY, "--run.dir", str(whole), *short]) == 0
     out = capsys.readouterr().out
-    assert "trained (LoRA of rank 3 on the blocks, lm_head)" in out
+    assert " K trained (LoRA of rank 3 on the blocks, lm_head)" in out
     assert "lora_head of rank 3 beside a frozen weight: 4NVD + 6NVr operations" in out
     start = str(whole / "checkpoints" / "step_3")
     assert train.main([TINY, "--run.dir", str(later), *short, "--run.resume", start]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from transformers.models.gemma3 import Gemma3Config, Gemma3ForConditionalGenerat
 
 from architecture_cases import SIZES, make
 from crpo_fast import policy as policies
+from crpo_fast import train
 from crpo_fast.attention import SDPA_PACKED
 from crpo_fast.distributed import World
-from crpo_fast.model_check import UnsupportedModelError, head_options
+from crpo_fast.model_check import UnsupportedModelError, check_rotations, head_options
+from crpo_fast.models import export_model, train_tokenizer
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -76,6 +79,36 @@ def between() -> Any:
     return model
 
 
+def with_embeddings() -> Any:
+    """Logits that the ids reach besides the decoder; those of the padding token are zero."""
+    model = make("llama")
+    plain = model.forward
+
+    def forward(input_ids: Tensor, **kwargs: Any) -> Any:
+        output = plain(input_ids=input_ids, **kwargs)
+        output.logits = output.logits + model.lm_head(model.model.embed_tokens(input_ids))
+        return output
+
+    model.forward = forward
+    return model
+
+
+def with_dropout() -> Any:
+    """Before the head, in a model that was loaded, and so is in eval mode."""
+    model = make("llama")
+    model.lm_head.register_forward_pre_hook(
+        lambda _, inputs: nn.functional.dropout(inputs[0], 0.2, model.training)
+    )
+    return model
+
+
+def with_parameters(name: str, module: nn.Module | nn.Parameter) -> Any:
+    """They change no logits: a head for one token more, or a factor that is 1 so far."""
+    model = make("llama")
+    setattr(model, name, module)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "scaled": (
         lambda: logits_through(lambda x: 0.5 * x),
@@ -93,6 +126,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "other cap": (lambda: wrong_config("phi", final_logit_softcapping=9.0), r"cap 9, a bias"),
     "normalised": (lambda: with_head(normalised), "times as large"),
     "between": (between, "differ by up to"),
+    "embeddings": (with_embeddings, r"differ by up to .* \(model\.eval\(\)\)"),
+    "dropout": (with_dropout, r"differ by up to .* \(model\.train\(\)\)"),
+    "score head": (
+        lambda: with_parameters("score", nn.Linear(32, 1)),
+        r"no other parameters, got score\.weight, score\.bias in LlamaForCausalLM, which the fused",
+    ),
+    "factor": (lambda: with_parameters("log_scale", nn.Parameter(torch.zeros(()))), "log_scale"),
     "two layers": (
         lambda: with_head(lambda head: nn.Sequential(nn.Identity(), head)),
         "expected an nn.Linear output head, got Sequential in LlamaForCausalLM",
@@ -117,6 +157,10 @@ def test_the_check_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert "forward" not in vars(model.model)
     assert all(p.grad is None for p in model.parameters())
+    model.model.layers.train()
+    modes = [module.training for module in model.modules()]
+    head_options(model)
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("name", ["phi", "gemma2", "granite"])
@@ -162,3 +206,48 @@ def test_a_decoder_without_position_ids_in_its_attention_is_refused_for_packed_r
     with pytest.raises(UnsupportedModelError, match=reason):
         policy.check_packing()
     assert policy.model.training
+
+
+LONGROPE = {  # as Phi-3.5's config.json has it
+    "original_max_position_embeddings": 8,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+}
+DYNAMIC = {
+    "max_position_embeddings": 8,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), [("phi3", LONGROPE), ("llama", DYNAMIC)])
+def test_lengths_whose_rotations_are_those_of_a_longer_neighbour_are_refused(
+    name: str, changes: dict[str, Any]
+) -> None:
+    model = make(name, **changes)
+    for longest in (8, 9):
+        ids = torch.arange(2, 7 + longest)[None]
+        positions = torch.cat([torch.arange(5), torch.arange(longest)])[None]
+        packed = model(ids, position_ids=positions, use_cache=False).logits[:, :5]
+        moved = (packed - model(ids[:, :5], use_cache=False).logits).abs().max()
+        if longest == 8:
+            assert moved < 1e-10
+            check_rotations(model.config, 3, 5)
+            continue
+        assert moved > 1e-3
+        words = r"at most 8 tokens.*got 3 \+ 6\. Type --rollout\.max_tokens 5\."
+        with pytest.raises(UnsupportedModelError, match=words):
+            check_rotations(model.config, 3, 6)
+    with pytest.raises(UnsupportedModelError, match=r"Type a lower --data\.max_prompt_tokens"):
+        check_rotations(model.config, 8, 1)
+    for other in ("llama", "gemma3", "gpt2", "smollm3"):
+        check_rotations(make(other).config, 10**9, 1)
+
+
+def test_a_run_checks_its_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = train_tokenizer(["I lost my job."], 290, ["<think>", "</think>"])
+    model = make("phi3", torch.float32, **LONGROPE)
+    folder = export_model(model, tokenizer, tmp_path / "model", state_dict=model.state_dict())
+    arguments = ["--model.path", str(folder), "--run.dir", str(tmp_path / "run")]
+    assert train.main([str(Path(__file__).with_name("tiny.toml")), *arguments]) == 2
+    assert "rollout.max_tokens: expected prompts and completions of at most 8" in " ".join(
+        capsys.readouterr().err.split()
+    )

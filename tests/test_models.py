@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -90,6 +91,22 @@ def test_an_export_replaces_the_older_one_and_leaves_nothing_else(folder, tokeni
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     modes = {path.stat().st_mode for path in folder.iterdir()}
     assert len(modes) == 1  # whoever may read the config may read the weights
+
+
+def test_an_export_says_nothing_of_deepspeed(tokenizer, tmp_path, monkeypatch, caplog):
+    """transformers' save_pretrained imports it through accelerate; on a CPU it warns."""
+    model, logger = small(tokenizer), logging.getLogger("DeepSpeed")
+    save = model.save_pretrained
+
+    def warn_and_save(*args, **kwargs):
+        logger.warning("Setting accelerator to CPU.")
+        logger.error("an error")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(model, "save_pretrained", warn_and_save)
+    export_model(model, tokenizer, tmp_path / "model")
+    logger.warning("a word of the user's own run")
+    assert [r.getMessage() for r in caplog.records] == ["an error", "a word of the user's own run"]
 
 
 def test_a_failed_export_leaves_the_older_one(folder, tokenizer):

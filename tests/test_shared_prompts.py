@@ -17,7 +17,7 @@ from crpo_fast.config import Config, ConfigError, TrainConfig
 from crpo_fast.distributed import World
 from crpo_fast.loss import LossSpec
 from crpo_fast.packing import Sequence, pack
-from crpo_fast.policy import create
+from crpo_fast.policy import create, install_head
 from crpo_fast.session import check_layout
 from crpo_fast.step import accumulate, micro_batches
 from crpo_kernels import ObjectiveSpec
@@ -155,3 +155,36 @@ def test_a_model_that_would_not_see_the_prompt_is_refused(
         return
     with pytest.raises(ConfigError, match=rf"got 'shared': .*{words}.* --train\.layout packed"):
         check_layout(config, model)
+
+
+def test_gradients_of_rows_that_repeat_are_the_same_in_every_run() -> None:
+    """With two threads: the row before the first completion has a gradient from each of them."""
+    prompt, count = [5] * 40, 8
+    group = [Sequence(prompt, [6] * 120, [-1] * 120) for _ in range(count)]
+    (batch,) = pack(group, 4000, layout="shared")
+    torch.manual_seed(0)
+    hidden = torch.randn(1, batch.position_ids.shape[1], 128, requires_grad=True)
+    head = torch.nn.Linear(128, 3)
+    decoder = SimpleNamespace(last_hidden_state=hidden)
+    model = SimpleNamespace(
+        config=SimpleNamespace(_attn_implementation=SDPA_PACKED),
+        base_model=lambda **_: decoder,
+        get_output_embeddings=lambda: head,
+    )
+    install_head(model)
+    assert batch.rows.numel() == 8 * 120 > batch.rows.unique().numel()
+    upstream = torch.randn(batch.rows.numel(), 128)
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(60):
+            rows = model.policy_forward(batch, lambda hidden, *_, **__: hidden, {})
+            (gradient,) = torch.autograd.grad(rows, hidden, upstream)
+            found.append(gradient)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(other, found[0]) for other in found)
+    assert torch.equal(rows, hidden[0, batch.rows])
+    torch.testing.assert_close(
+        found[0][0], torch.zeros_like(hidden[0]).index_add_(0, batch.rows, upstream)
+    )
