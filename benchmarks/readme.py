@@ -96,6 +96,7 @@ def glance_block() -> str:
     parts = [
         f"Loss and all gradients, {case['name']} head, {case['case']}:\n{headline(loss)}",
         loss_plot.markdown(["", *columns.values()], lines),
+        "What surrounds the loss:",
         loss_plot.markdown(["", "ours", "beside it", "command"], list(_other_lines())),
     ]
     is_measured = gpu_block() != GPU_NOT_MEASURED

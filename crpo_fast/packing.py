@@ -98,8 +98,8 @@ class MicroBatch:
 def assign(lengths: list[int], token_budget: int, *, layout: str) -> list[list[int]]:
     """First-fit decreasing: indices of the sequences of each micro-batch, in a deterministic order.
 
-    A micro-batch costs the sum of its lengths (packed) or longest * count (padded); as lengths come
-    in descending order, the first sequence of a padded micro-batch is its longest.
+    A micro-batch costs longest * count (padded) or the sum of its lengths; as lengths come in
+    descending order, the first sequence of a padded micro-batch is its longest.
 
     Raises:
         ValueError: a sequence is longer than ``token_budget``.
@@ -114,7 +114,7 @@ def assign(lengths: list[int], token_budget: int, *, layout: str) -> list[list[i
     loads: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         for b, members in enumerate(bins):
-            cost = lengths[i] if layout == "packed" else lengths[members[0]]
+            cost = lengths[members[0]] if layout == "padded" else lengths[i]
             if loads[b] + cost <= token_budget:
                 members.append(i)
                 loads[b] += cost
@@ -148,7 +148,7 @@ def pack(
     build = {"packed": _packed, "shared": _shared, "padded": _padded}[layout]
     units = _families(pairs, token_budget) if layout == "shared" else [[pair] for pair in pairs]
     lengths = [_family_tokens(u) if layout == "shared" else len(u[0][0]) for u in units]
-    bins = assign(lengths, token_budget, layout="padded" if layout == "padded" else "packed")
+    bins = assign(lengths, token_budget, layout=layout)
     members = [[pair for i in b for pair in units[i]] for b in bins]
     return [build([s for s, _ in m], [offset for _, offset in m], pad_id) for m in members]
 
