@@ -158,6 +158,18 @@ def base_of(module: Any) -> Any:
     return getattr(module, "base_layer", module)
 
 
+def copies_of(module: Any) -> list[Any]:
+    """The modules that compute for ``module``: itself, or the copies that peft trains in its place.
+
+    Of peft's ``modules_to_save`` the active copy comes first, the original last.
+    """
+    trained = getattr(module, "modules_to_save", None)
+    if trained is None:
+        return [module]
+    names = sorted(trained, key=lambda name: name not in module.active_adapters)
+    return [*(trained[name] for name in names), module.original_module]
+
+
 def head_factors(head: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
     """``lora_head`` of the loss: A, B and their scaling; empty without an adapter, or with it off.
 

@@ -75,7 +75,7 @@ def head_options(model: PreTrainedModel) -> dict[str, float]:
             f"model: expected a model of text alone, got {kind}, whose decoder is one part of it. "
             "Save that part as a model of its own: four lines in docs/integrations.md, Models."
         )
-    head = lora.base_of(model.get_output_embeddings())
+    head = lora.base_of(lora.copies_of(model.get_output_embeddings())[0])
     if not isinstance(head, nn.Linear):
         raise UnsupportedModelError(
             f"model: expected an nn.Linear output head, got {type(head).__name__} in {kind}. "

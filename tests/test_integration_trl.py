@@ -35,37 +35,12 @@ from crpo_fast.integrations import trl_objective as terms
 from crpo_fast.integrations.trl import CRPOTrainer, EntropyConfig, StageConfig, check_version
 from crpo_fast.integrations.trl_head import install_head
 from crpo_fast.model_check import UnsupportedModelError
-from trl_cases import train
+from trl_cases import LATE, SINGLE_PASS, TWO_PASSES, train
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_ENTROPY = {"entropy": EntropyConfig(magnitude=0.0)}
+FP16 = SimpleNamespace(mixed_precision="fp16")
 STAGES = tuple(StageConfig(name) for name in trl_cases.STAGES)
-LATE = {"steps_per_generation": 4}  # two updates from one rollout: ratios are not 1
-SEQUENCE = {"importance_sampling_level": "sequence"}
-SINGLE_PASS: list[dict[str, Any]] = [
-    {"loss_type": "grpo", **LATE, "eval_strategy": "steps", "eval_steps": 3},
-    {"loss_type": "bnpo", "mask_truncated_completions": True},
-    {"loss_type": "dr_grpo", "num_iterations": 2},
-    {"loss_type": "dapo", **LATE, "epsilon": 0.02, "epsilon_high": 0.03},
-    {"loss_type": "cispo", **LATE, "epsilon_high": 1.01},
-    {"loss_type": "grpo", **LATE, "importance_sampling_level": "sequence", "epsilon": 3e-3},
-    {"loss_type": "dapo", **LATE, "importance_sampling_level": "sequence"},
-    {"loss_type": "grpo", "beta": 0.1, "learning_rate": 2.0},  # KL with the gradient of k2
-    {"loss_type": "dapo", **LATE, "beta": 0.1, "use_bias_correction_kl": False},
-    {"loss_type": "dapo", "tools": True, "entropy_coef": 0.05},
-    {"loss_type": "bnpo", "vllm": True, "use_adaptive_entropy": True, "entropy_target": 9.0},
-    {"loss_type": "grpo", "vllm": True, "importance_sampling_level": "sequence"},
-]
-TWO_PASSES: list[tuple[str, dict[str, Any]]] = [
-    ("loss_type='vespo'", {"loss_type": "vespo", **LATE, "learning_rate": 0.1}),
-    ("delta=1.3", {"loss_type": "grpo", "delta": 1.3, **LATE}),
-    ("top_entropy_quantile=0.5", {"top_entropy_quantile": 0.5}),
-    ("use_bias_correction_kl=True", {"beta": 0.1, **LATE}),
-    (
-        "importance_sampling_level='sequence' of cispo",
-        {**LATE, **SEQUENCE, "loss_type": "cispo", "epsilon_high": 2.0},
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -200,22 +175,26 @@ def test_two_ranks(model, tmp_path):
         assert logged == pytest.approx(means, rel=1e-5)
 
 
-def test_peft_and_tied_llama(tmp_path):
+@pytest.mark.parametrize("copied", [None, ["lm_head"]], ids=["tied", "a trained head"])
+def test_peft_and_llama(tmp_path, copied):
     from peft import LoraConfig
 
-    folder = trl_cases.make_model(tmp_path / "llama", "llama", tie_word_embeddings=True)
+    folder = trl_cases.make_model(tmp_path / "llama", "llama", tie_word_embeddings=copied is None)
     runs = []
     for trainer_class, options in ((CRPOTrainer, NO_ENTROPY), (GRPOTrainer, {})):
-        lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-        chosen = {**options, "peft_config": lora}
+        targets = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": copied}
+        chosen = {**options, "peft_config": LoraConfig(r=2, init_lora_weights=False, **targets)}
         beta = {"beta": 0.1, "use_bias_correction_kl": False, "loss_type": "dapo"}
-        rate = {"learning_rate": 0.1}
+        rate = {"learning_rate": 0.1, "cast_lm_head_to_fp32": copied is not None}
         runs.append(train(trainer_class, folder, tmp_path, trainer_options=chosen, **beta, **rate))
     found = trl_cases.differences(*runs)
     assert found["logs"] == {}
     assert max(found["loss"], found["gradient"]) < 1e-5
     assert runs[0].logs[0]["kl"] > 0
-    assert all("lora" in name for name in runs[0].gradients[0])
+    trained = [name for name in runs[0].gradients[0] if "lora" not in name]
+    assert trained == (
+        [] if copied is None else ["base_model.model.lm_head.modules_to_save.default.weight"]
+    )
 
 
 def test_a_head_in_fp32(model, tmp_path):
@@ -223,7 +202,7 @@ def test_a_head_in_fp32(model, tmp_path):
 
 
 def test_mixed_precision(model, tmp_path):
-    bf16 = {"bf16": True, "max_steps": 1, "cast_lm_head_to_fp32": True}
+    bf16 = {"bf16": True, "max_steps": 1, "cast_lm_head_to_fp32": True, "beta": 0.1}
     ours = train(CRPOTrainer, model, tmp_path, trainer_options=dict(NO_ENTROPY), **bf16)
     found = trl_cases.differences(ours, train(GRPOTrainer, model, tmp_path, **bf16))
     assert ours.trainer.accelerator.mixed_precision == "bf16"
@@ -315,7 +294,7 @@ def test_head_with_bias_is_the_models_own(model):
     ids = torch.randint(0, 288, (2, 7))
     expected = lm(ids).logits[:, :-1].div(0.7).log_softmax(-1)
     expected = expected.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    install_head(lm, temperature=0.7, options={})
+    install_head(torch.compile(lm), temperature=0.7, options={})  # as TRL's reference may be
     out = lm(ids, labels=ids, fused_lm_head=True)
     torch.testing.assert_close(out.log_probs, expected)
     assert lm(ids).logits.shape == (2, 7, 288)  # generation goes on as before
@@ -341,13 +320,29 @@ def test_other_versions_are_refused_with_the_range(installed):
     [
         ({"aux_loss_enabled": True}, {}, r"router_aux_loss_coef: expected 0.*got 0.1. Set GRPOC"),
         ({"_is_vlm": True}, {}, "model: expected a text model.*trl.GRPOTrainer"),
+        (
+            {"accelerator": FP16},
+            {},
+            r"fp16: expected a head in bf16 .* got fp16. Set GRPOConfig\(bf16=True",
+        ),
+        (
+            {"model": SimpleNamespace(dtype=torch.float16)},
+            {},
+            r"fp16: .* or cast_lm_head_to_fp32=True",
+        ),
         ({}, {"reduction": "token_mean"}, "entropy.reduction: expected 'sequence_mean'"),
         ({}, {"anneal": "linear"}, r"entropy.anneal: .*Set GRPOConfig\(max_steps"),
     ],
 )
 def test_what_it_has_not_is_refused(trainer, entropy, message):
-    args = SimpleNamespace(max_steps=-1)
-    usual = {"aux_loss_enabled": False, "router_aux_loss_coef": 0.1, "_is_vlm": False, "args": args}
+    usual = {
+        "aux_loss_enabled": False,
+        "router_aux_loss_coef": 0.1,
+        "_is_vlm": False,
+        "accelerator": SimpleNamespace(mixed_precision="bf16"),
+        "model": SimpleNamespace(dtype=torch.float32),
+        "args": SimpleNamespace(max_steps=-1, cast_lm_head_to_fp32=False),
+    }
     with pytest.raises(ConfigError, match=message):
         terms.check_options(SimpleNamespace(**{**usual, **trainer}), EntropyConfig(**entropy))
 

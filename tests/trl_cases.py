@@ -36,6 +36,34 @@ WORDS = [
 TAGS = ("<stimulus>", "</stimulus>", "<reaction>", "</reaction>")
 CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
 
+LATE = {"steps_per_generation": 4}  # two updates from one rollout: ratios are not 1
+SEQUENCE = {"importance_sampling_level": "sequence"}
+SINGLE_PASS: list[dict[str, Any]] = [
+    {"loss_type": "grpo", **LATE, "eval_strategy": "steps", "eval_steps": 3},
+    {"loss_type": "bnpo", "mask_truncated_completions": True},
+    {"loss_type": "dr_grpo", "num_iterations": 2},
+    {"loss_type": "dapo", **LATE, "epsilon": 0.02, "epsilon_high": 0.03},
+    {"loss_type": "cispo", **LATE, "epsilon_high": 1.01},
+    {"loss_type": "grpo", **LATE, "importance_sampling_level": "sequence", "epsilon": 3e-3},
+    {"loss_type": "dapo", **LATE, "importance_sampling_level": "sequence"},
+    {"loss_type": "grpo", "beta": 0.1, "learning_rate": 2.0},  # KL with the gradient of k2
+    {"loss_type": "dapo", **LATE, "beta": 0.1, "use_bias_correction_kl": False},
+    {"loss_type": "dapo", "tools": True, "entropy_coef": 0.05},
+    {"loss_type": "dapo", "tools": True, **LATE, "temperature": 0.01, "learning_rate": 1e-6},
+    {"loss_type": "bnpo", "vllm": True, "use_adaptive_entropy": True, "entropy_target": 9.0},
+    {"loss_type": "grpo", "vllm": True, "importance_sampling_level": "sequence"},
+]
+TWO_PASSES: list[tuple[str, dict[str, Any]]] = [
+    ("loss_type='vespo'", {"loss_type": "vespo", **LATE, "learning_rate": 0.1}),
+    ("delta=1.3", {"loss_type": "grpo", "delta": 1.3, **LATE}),
+    ("top_entropy_quantile=0.5", {"top_entropy_quantile": 0.5}),
+    ("use_bias_correction_kl=True", {"beta": 0.1, **LATE}),
+    (
+        "importance_sampling_level='sequence' of cispo",
+        {**LATE, **SEQUENCE, "loss_type": "cispo", "epsilon_high": 2.0},
+    ),
+]
+
 
 @dataclass
 class Run:
@@ -195,16 +223,14 @@ def differences(ours: Run, theirs: Run) -> dict[str, Any]:
     assert len(ours.losses) == len(theirs.losses)
     assert len(ours.gradients) == len(theirs.gradients)
     assert len(ours.logs) == len(theirs.logs)
-    loss = max(
-        float((a - b).abs() / b.abs().clamp(min=1e-2))
-        for a, b in zip(ours.losses, theirs.losses, strict=True)
-    )
-    gradient = 0.0
+    found, wanted = torch.stack(ours.losses), torch.stack(theirs.losses)
+    loss = float(((found - wanted).abs() / wanted.abs().clamp(min=1e-2)).max())  # NaN stays
+    gaps = []
     for ours_step, theirs_step in zip(ours.gradients, theirs.gradients, strict=True):
         assert ours_step.keys() == theirs_step.keys()
-        largest = max(float(g.abs().max()) for g in theirs_step.values())
-        gaps = [float((ours_step[k] - g).abs().max()) for k, g in theirs_step.items()]
-        gradient = max(gradient, max(gaps) / largest)
+        largest = torch.stack([g.abs().max() for g in theirs_step.values()]).max()
+        gaps += [(ours_step[k] - g).abs().max() / largest for k, g in theirs_step.items()]
+    gradient = float(torch.stack(gaps).max())
     logs = {}
     for ours_log, theirs_log in zip(ours.logs, theirs.logs, strict=True):
         for name, value in theirs_log.items():

@@ -29,6 +29,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from crpo_fast.lora import copies_of
 from crpo_fast.model_check import UnsupportedModelError, head_options
 
 HeadFunction = Callable[..., Any]  # (hidden [B, L, D], weight [V, D], **options) -> tensors
@@ -80,12 +81,13 @@ def add_fused_head(model: Any) -> Any:
             "add_fused_head before peft: the loss then takes the adapter along."
         )
     options = head_options(inner)
-    if type(head).forward is not nn.Linear.forward:
-        raise UnsupportedModelError(
-            f"model: expected a plain nn.Linear as output head, got {type(head).__name__}, which "
-            "computes in its own way. Leave the head out of quantisation."
-        )
-    head.forward = types.MethodType(_head_forward, head)
+    for linear in copies_of(head):
+        if type(linear).forward is not nn.Linear.forward:
+            raise UnsupportedModelError(
+                f"model: expected a plain nn.Linear as output head, got {type(linear).__name__}, "
+                "which computes in its own way. Leave the head out of quantisation."
+            )
+        linear.forward = types.MethodType(_head_forward, linear)
     inner.forward = types.MethodType(_with_head(function, options), inner)
     return model
 

@@ -112,7 +112,7 @@ class CRPOTrainer(GRPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 install_head(
-                    self.accelerator.unwrap_model(model),
+                    model,
                     temperature=self.temperature,
                     in_fp32=self.args.cast_lm_head_to_fp32,
                     options=kernel_options or {},

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -49,7 +50,8 @@ def install_head(
     """Let ``model(..., labels=labels, fused_lm_head=True, compute=None)`` return a `HeadOutput`.
 
     Args:
-        model: a transformers causal LM, or a peft model around one; no other wrapper.
+        model: a transformers causal LM, or a peft model around one. TRL's reference is prepared
+            already: it loses its own autocast (TRL calls it under one) and stays compiled.
         temperature: divides the logits.
         in_fp32: run the head in fp32 and outside autocast (TRL's ``cast_lm_head_to_fp32``).
         options: further keyword arguments of the kernels, among `OPTIONS`.
@@ -63,8 +65,11 @@ def install_head(
             f"kernel_options: expected names among {', '.join(OPTIONS)}, got {unknown[0]!r}. "
             "Leave it out."
         )
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head, for_generation = model.get_output_embeddings(), model.get_output_embeddings().forward
+    head = model.get_output_embeddings()
+    for_generation = head.forward
+    vars(head).pop("forward", None)  # TRL's cast to fp32, which takes no function
     add_fused_head(model)
     fused_head, plain = head.forward, model.forward
 

@@ -36,6 +36,13 @@ def check_options(trainer: Any, entropy: EntropyConfig) -> None:
         raise ConfigError(
             "model: expected a text model, got one with images. Train it with trl.GRPOTrainer."
         )
+    is_half = trainer.accelerator.mixed_precision == "fp16" or trainer.model.dtype == torch.float16
+    if is_half and not trainer.args.cast_lm_head_to_fp32:
+        raise ConfigError(
+            "fp16: expected a head in bf16 or fp32, where gradients of a large softmax do not "
+            "underflow, got fp16. Set GRPOConfig(bf16=True, fp16=False), or "
+            "cast_lm_head_to_fp32=True."
+        )
     if entropy.reduction != "sequence_mean":
         raise ConfigError(
             "entropy.reduction: expected 'sequence_mean', whose weights need no counts of other "
@@ -203,11 +210,11 @@ def fused(
             cu_seqlens=_bounds(mask),
             **head,
         )
-        return HeadOutput(
-            loss=loss,
-            log_probs=stats.logprobs.view(labels.shape),
-            entropy=stats.entropy.view(labels.shape),
-        )
+        logprobs, old = stats.logprobs.view(labels.shape), inputs.get("old_per_token_logps")
+        if old is not None:  # a ratio of 1: TRL masks after its exp, and 0 - old may overflow there
+            logprobs = torch.where(mask == 0, old, logprobs)
+        entropy = stats.entropy.view(labels.shape)
+        return HeadOutput(loss=loss, log_probs=logprobs, entropy=entropy)
 
     return compute
 
