@@ -47,7 +47,7 @@ EXTRAS = {
         *("matplotlib>=3.10", "trl>=1.16", "cut-cross-entropy>=25.1"),
         LIGER,
     ],
-    "bench-gpu": [  # brings CUTLASS, 300 MB; verl without its dependencies comes by hand: README
+    "bench-gpu": [  # brings CUTLASS, 300 MB; verl comes by hand: docs/benchmarks.md
         "liger-kernel[cutedsl]>=0.8; platform_system == 'Linux'",
         "quack-kernels>=0.6; platform_system == 'Linux'",
     ],

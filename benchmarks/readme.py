@@ -199,7 +199,7 @@ def _run(name: str) -> str:
     )
 
 
-TARGETS = {  # files of the README's block of limits -> what makes them
+TARGETS = {  # files of the block of limits -> what makes them
     "targets": "--sizes 512,151936,1024 512,49152,576 2048,49152,576 8192,49152,576 "
     "2048,151936,1024 --only one_pass --rounds 2 --seconds 420",
     "targets_t8192": "--sizes 8192,151936,1024 --only one_pass --rounds 1 --seconds 330",

@@ -186,7 +186,7 @@ def points_of(line: dict[str, Any], unit: str) -> Iterator[dict[str, Any]]:
 
 
 def readme_block(report: dict[str, Any], stem: str) -> str:
-    """For the README: exponents, the checks in a sentence, ranks, the picture."""
+    """For docs/benchmarks.md: exponents, the checks in a sentence, ranks, the picture."""
     judged = [check for check in report["checks"] if check["met"] is not None]
     failed = [check["text"] for check in judged if not check["met"]]
     end = f"{len(failed)} of {len(judged)} checks failed: {'; '.join(failed)}."

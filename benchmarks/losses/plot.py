@@ -327,7 +327,7 @@ def page(report: Row) -> str:
 
 
 def readme_block(report: Row, stem: str) -> str:
-    """The block of the README: the first shape in full, a line for each of the others."""
+    """For docs/benchmarks.md: the first shape in full, a line for each of the others."""
     first, *others = report["cases"]
     folder = "benchmarks/results"
     parts: list[str] = [headline(report)]

@@ -103,7 +103,7 @@ def csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def readme_block(report: dict[str, Any], stem: str) -> str:
-    """For the README: where it was measured, the shapes in short, the picture."""
+    """For docs/benchmarks.md: where it was measured, the shapes in short, the picture."""
     header = ["shape", "ours, one pass", "ours, two passes", "ours, scoring", "plain torch"]
     lines = []
     for case in report["cases"]:
