@@ -86,11 +86,11 @@ def _choice(name: str, value: str, valid: Sequence[str]) -> None:
 def _check_lora(config: Config) -> None:
     settings = config.lora
     if not settings.rank:
-        for name, value in (("targets", settings.targets), ("head", settings.head)):
-            if value:
+        for name in ("alpha", "dropout", "targets", "head"):
+            if getattr(settings, name) != getattr(type(settings)(), name):
                 raise ConfigError(
                     f"lora.{name}: expected a lora.rank above 0 with it, got lora.rank 0. Type "
-                    "--lora.rank 16."
+                    f"--lora.rank 16, or leave lora.{name} out."
                 )
         return
     if settings.head and settings.dropout:

@@ -69,13 +69,18 @@ def check_targets(settings: LoraConfig, model: Any) -> None:
     """``lora.targets`` are Linears of the blocks; ``model`` may be without values.
 
     Raises:
-        ConfigError: which one is not, and which there are.
+        ConfigError: which one is not, and which there are; or the blocks have none.
     """
     names = _block_linears(model)
+    if not names:
+        raise ConfigError(
+            f"lora.rank: expected 0 for {type(model).__name__}, whose blocks have no nn.Linear, "
+            f"got {settings.rank}. Type --lora.rank 0."
+        )
     for target in settings.targets:
         if target not in names:
-            near = get_close_matches(target, names, 1, 0.0)
-            advice = f"--lora.targets {near[0]}" if near else "--lora.rank 0"
+            (near,) = get_close_matches(target.rpartition(".")[2], names, 1, 0.0)
+            advice = f"--lora.targets {near}"
             if target in _head_name(model):
                 advice = "--lora.head for lm_head"
             raise ConfigError(

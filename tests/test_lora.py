@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from architecture_cases import make
 from crpo_fast import distributed, lora, models, train
 from crpo_fast import policy as policies
 from crpo_fast.batch import SamplingParams
@@ -212,6 +213,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_same_to_the_bit(
     [
         (["--lora.head"], r"lora.head: expected a lora.rank above 0 .* Type --lora.rank 16"),
         (["--lora.targets", "q_proj"], r"lora.targets: expected a lora.rank above 0"),
+        (["--lora.alpha", "16"], r"lora.alpha: expected a lora.rank above 0"),
+        (["--lora.dropout", "0.1"], r"lora.dropout: expected a lora.rank above 0"),
         (["--lora.rank", "-1"], r"lora.rank: expected 0 or more, got -1"),
         (["--lora.rank", "2", "--lora.alpha", "0"], r"lora.alpha: expected a positive number"),
         (["--lora.rank", "2", "--lora.dropout", "1"], r"lora.dropout: expected numbers in \[0, 1"),
@@ -240,12 +243,17 @@ def test_targets_that_are_not_there_are_refused_before_weights_are_loaded(
     model = make_model(True, torch.float32)
     for target, advice in (
         ("qproj", "Type --lora.targets q_proj"),
+        ("layers.0.mlp.up_proj", "Type --lora.targets up_proj"),
         ("lm_head", "Type --lora.head for lm_head"),
     ):
         with pytest.raises(
             ConfigError, match=f"lora.targets: .* q_proj, .* got '{target}'.*{advice}"
         ):
             lora.check_targets(LoraConfig(rank=2, targets=("q_proj", target)), model)
+    with pytest.raises(
+        ConfigError, match=r"lora\.rank: expected 0 for GPT2LM.* no nn\.Linear, got 2"
+    ):
+        lora.check_targets(LoraConfig(rank=2, head=True), make("gpt2"))  # its blocks have Conv1D
     folder = tmp_path / "base"
     model.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
