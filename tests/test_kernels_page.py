@@ -57,6 +57,13 @@ def test_sizes_are_those_of_the_plan() -> None:
         backend="triton", workspace_bytes=None, needs_weight_grad=True,
     )  # fmt: skip
     assert room.most_kept == 2 * 64 + plan.GROUP_ROWS
+    assert "2048 or 2D rows of V in bf16 at most" in PAGE
+    for dim in (64, 2000):
+        on_cpu = plan.make_room(
+            torch.empty(0, dim, dtype=torch.bfloat16), torch.empty(1, dim).expand(500, dim), 9000,
+            backend="torch", workspace_bytes=None, needs_weight_grad=True,
+        )  # fmt: skip
+        assert on_cpu.ring_rows == max(2048, 2 * dim)
     assert room.ring_rows == plan.RING_ROWS
 
 

@@ -1,6 +1,6 @@
 """The two public functions: per-token log-probabilities of a head, and the fused policy loss.
 
-    logits_t = softcap(logit_scale * (hidden_t W^T + bias)) / temperature_t      never all at once
+    logits_t = softcap(logit_scale * (hidden_t W^T + bias)) / temperature_t      some rows at once
     linear_logprobs      log p(label), entropy and lse of every row, differentiable: your own loss
     linear_policy_loss   sum_t token_weights_t * [rho_t * policy_term + kl_coef * kl]
                          + sum_t entropy_weights_t * entropy_t + sum_t z_loss_weights_t * lse_t^2
