@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from crpo_fast.config import ConfigError
 from crpo_fast.models import build_model
@@ -20,10 +21,13 @@ def test_stage_entropy_without_stages_is_refused() -> None:
     assert trl._grammar("mental_r1", trl.EntropyConfig()).num_stages == 5
 
 
-def test_an_option_that_the_kernels_have_not_is_refused_at_once() -> None:
+def test_what_the_head_cannot_do_is_refused_at_once() -> None:
     model = build_model(
         "qwen3", vocab_size=19, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1,
         intermediate_size=8, tie_word_embeddings=True, max_positions=16, attention="sdpa", seed=0,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"among backend, workspace_bytes, got 'workspace_mib'"):
         install_head(model, temperature=1.0, options={"workspace_mib": 1})
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it
+    with pytest.raises(ConfigError, match=r"expected whole weights .* Set GRPOConfig\(beta=0.0\)"):
+        install_head(model, temperature=1.0, options={})

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from crpo_fast.config import ConfigError
@@ -57,7 +58,7 @@ def install_head(
         options: further keyword arguments of the kernels, among `OPTIONS`.
 
     Raises:
-        ConfigError: another option.
+        ConfigError: another option, or weights that are sharded already.
         UnsupportedModelError: the head does something that the kernels do not.
     """
     if unknown := sorted(set(options) - set(OPTIONS)):
@@ -68,6 +69,12 @@ def install_head(
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = model.get_output_embeddings()
+    if isinstance(head.weight, DTensor) or head.weight.dim() != 2:
+        raise ConfigError(
+            "model: expected whole weights when the trainer is made, got a part of the head (the "
+            "reference's under FSDP, any under ZeRO-3). Set GRPOConfig(beta=0.0) or pass "
+            "peft_config, which need no second model, or use DDP or ZeRO-2."
+        )
     for_generation = head.forward
     vars(head).pop("forward", None)  # TRL's cast to fp32, which takes no function
     add_fused_head(model)

@@ -6,11 +6,12 @@ With ``use_fused_kernels`` verl's models compute these two in their forward and 
 replaces both of its implementations (`FusedLinearForPPO`, in torch, and `linear_cross_entropy`, in
 Triton) in this process; `verl_patch` does so on import, which a line of verl's config asks for.
 Signatures: verl 0.9.1, ``verl/utils/experimental/torch_functional.py`` and
-``verl/utils/kernel/linear_cross_entropy.py``. Three things differ:
+``verl/utils/kernel/linear_cross_entropy.py``. Four things differ:
 
     entropy       fp32, where verl's torch version rounds it to the dtype of hidden_states
     d_weight      added up in fp32, where verl's torch version adds chunks in that of the weight
     temperature   also a tensor: one value, one for each row of input_ids, or one for each token
+    shape         that of input_ids, where verl's Triton version returns [B * S]
 
 verl gives its fused heads neither bias nor logit scale nor soft cap: models that have one (Gemma 2,
 Cohere, Granite) are wrong with ``use_fused_kernels``, with these functions as with verl's own.
