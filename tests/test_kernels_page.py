@@ -96,7 +96,17 @@ def test_diagrams_are_pictures_with_a_title(name: str) -> None:
     assert {"title", "desc", "rect", "text", "path"} <= set(tags)
 
 
-@pytest.mark.parametrize("command", re.findall(r"`python -m benchmarks ([^`]+)`", PAGE))
+def commands() -> list[str]:
+    """What the pages tell to type after `python -m benchmarks`."""
+    found = set()
+    for name in ("README.md", "docs/kernels.md", "docs/benchmarks.md", "docs/migration.md"):
+        text = (ROOT / name).read_text("utf-8")
+        found |= {c.strip() for c in re.findall(r"`python -m benchmarks ([^`]+)`", text)}
+        found |= {c.strip() for c in re.findall(r"^python -m benchmarks ([^#\n]+)", text, re.M)}
+    return sorted(command for command in found if "<" not in command)
+
+
+@pytest.mark.parametrize("command", commands())
 def test_commands_of_the_page_are_known(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main([*command.split(), "--help"])
