@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -31,3 +35,11 @@ def test_what_the_head_cannot_do_is_refused_at_once() -> None:
     model.lm_head.weight = torch.nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it
     with pytest.raises(ConfigError, match=r"expected whole weights .* Set GRPOConfig\(beta=0.0\)"):
         install_head(model, temperature=1.0, options={})
+
+
+@pytest.mark.parametrize("found", [None, ModuleType("trl")], ids=["none", "without the trainer"])
+def test_without_its_trainer_the_range_of_trl_is_named(found, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", found)
+    monkeypatch.delitem(sys.modules, "crpo_fast.integrations.trl")
+    with pytest.raises(ImportError, match=r"TRL >=1.16,<1.17, got: .* Type pip install .*trl>=1.1"):
+        importlib.import_module("crpo_fast.integrations.trl")

@@ -42,17 +42,18 @@ from crpo_fast.integrations.trl_head import HeadOutput, install_head
 from crpo_fast.stages import StageGrammar
 from crpo_fast.task import build_grammar
 
+TESTED = ">=1.16,<1.17"  # versions of TRL
+
 try:
     from trl import GRPOTrainer
-except ModuleNotFoundError as error:
+except ImportError as error:  # none, or a version without it
     raise ImportError(
-        f"trl: expected an installed TRL 1.16, got: {error}. Type pip install "
-        "'crpo-fast[integrations]'."
+        f"trl: expected an installed TRL {TESTED}, got: {error}. Type pip install "
+        f"'crpo-fast[integrations]' 'trl{TESTED}'."
     ) from error
 
 __all__ = ["TESTED", "CRPOTrainer", "EntropyConfig", "StageConfig", "check_version"]
 
-TESTED = ">=1.16,<1.17"  # versions of TRL
 STATE_FILE = "stage_entropy.json"
 logger = logging.getLogger(__name__)
 

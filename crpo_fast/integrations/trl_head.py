@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
@@ -66,6 +65,8 @@ def install_head(
             f"kernel_options: expected names among {', '.join(OPTIONS)}, got {unknown[0]!r}. "
             "Leave it out."
         )
+    from accelerate.utils import extract_model_from_parallel  # TRL brings it
+
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = model.get_output_embeddings()
