@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -200,22 +201,43 @@ def fsdp2_a_weight_from_outside_is_refused() -> dict[str, float]:
     return {"loss": 1.0, "gradients": 1.0}
 
 
-@case
-def ddp_peft() -> dict[str, float]:
+def adapted(model: Any) -> Any:
+    """The same adapters each time, on blocks and head, and a whole copy of the last norm."""
     peft = importlib.import_module("peft")
     made = peft.LoraConfig(
         r=2, target_modules=["q_proj", "lm_head"], modules_to_save=["norm"], init_lora_weights=False
     )
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, made).double()
 
-    def adapted(model: Any) -> Any:
-        torch.manual_seed(3)  # the same adapters in both
-        return peft.get_peft_model(model, made).double()
 
+def compare_adapted(wrap: Callable[[Any], Any]) -> dict[str, float]:
     plain, model = adapted(make_model()), adapted(add_fused_head(make_model()))
     truth = step(plain, plain_loss(plain, make_batch()))
-    wrapped = DistributedDataParallel(model)
+    wrapped = wrap(model)  # DDP must live until the backward
     found = step(model, fused_loss(wrapped, mine()))
-    return {"gradients": largest_error(found, truth)}
+    whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+    return {"gradients": largest_error(whole, truth)}
+
+
+@case
+def ddp_peft() -> dict[str, float]:
+    return compare_adapted(DistributedDataParallel)
+
+
+@case
+def fsdp2_peft() -> dict[str, float]:
+    return compare_adapted(lambda model: fully_shard(fsdp2(model.get_base_model()) and model))
+
+
+@case
+def fsdp2_a_unit_of_an_adapted_head_is_refused_peft() -> dict[str, float]:
+    model = adapted(add_fused_head(make_model()))
+    try:
+        fused_loss(fsdp2(model.get_base_model(), head=True) and model, mine())
+    except ValueError as error:
+        return {"named": 1.0 - ("adapter" in str(error) and "not the head" in str(error))}
+    return {"named": 1.0}
 
 
 @case

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from crpo_fast.lora import copies_of
 from crpo_fast.model_check import UnsupportedModelError, head_options
@@ -98,10 +99,16 @@ def _head_forward(
     """The head's forward: logits, or ``head`` of the weight that its wrapper made whole.
 
     Raises:
-        ValueError: no wrapper did.
+        ValueError: no wrapper did, or lm_head with an adapter is an FSDP2 unit of its own.
     """
     if head is None:
         return type(self).forward(self, hidden)
+    if isinstance(self.weight, DTensor):
+        raise ValueError(
+            "model: expected a whole head, got a DTensor: the FSDP2 unit that owns it did not run. "
+            "Call model(...), not model.forward(...); with an adapter on the head, fully_shard the "
+            "blocks and the model, and not the head."
+        )
     if self.weight.dim() != 2:
         raise ValueError(
             f"model: expected a whole head [V, D], got a shard of {list(self.weight.shape)}. A "

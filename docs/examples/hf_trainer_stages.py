@@ -1,7 +1,7 @@
 """Hugging Face's Trainer with stage entropy: GRPO's loss on written rollouts, two stages apart.
 
 The first stage of a completion is pressed to explore (negative coefficient: more entropy), the
-second one to commit. Run it: python docs/examples/hf_trainer_stages.py
+second one to commit. It needs accelerate. Run it: python docs/examples/hf_trainer_stages.py
 """
 
 import tempfile
@@ -84,6 +84,7 @@ def main() -> None:
             output_dir=folder, per_device_train_batch_size=4, gradient_accumulation_steps=2,
             max_steps=30, learning_rate=1e-2, remove_unused_columns=False, report_to=[],
             logging_strategy="no", save_strategy="no", disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         StageTrainer(model, arguments, train_dataset=make_rows(80)).train()
 

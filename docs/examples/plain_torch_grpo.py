@@ -40,12 +40,12 @@ def main() -> None:
         labels = ids.roll(-1, 1)  # of each place the next token
         labels[:, -1] = IGNORE_INDEX
         bounds = torch.arange(0, ids.numel() + 1, ids.shape[1])  # where sequences begin and end
-        weights = aggregation_weights(labels != IGNORE_INDEX, bounds, aggregation="token_mean")
+        weights = aggregation_weights(labels != IGNORE_INDEX, bounds, aggregation="sequence_mean")
         old = None  # the first update is on-policy
         for _ in range(UPDATES):
             loss_of = partial(
                 linear_policy_loss, labels=labels, advantages=advantages, token_weights=weights,
-                old_logprobs=old, spec=ObjectiveSpec.preset("dapo"),
+                old_logprobs=old, spec=ObjectiveSpec.preset("grpo"),
             )  # fmt: skip
             loss, stats = model(ids, head=loss_of)  # no logits are made
             old = stats.logprobs if old is None else old
