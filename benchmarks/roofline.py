@@ -41,7 +41,7 @@ class Sizes:
     chunk: int  # rows of fp32 logits at once
     group: int  # rows of dZ at once
     workspace: int  # bytes asked for
-    has_exps: bool = True  # mode B may keep E of all rows
+    has_exps: bool = True  # two passes may keep E of all rows
     tile: Tile = TILES["sm_90"].many  # of fused scoring
     units: int = PLANNED_UNITS  # multiprocessors
 
@@ -87,7 +87,7 @@ class Step:
 
 
 def planned(
-    shape: tuple[int, int, int], dtype: str, workspace: int | None, path: str = "mode A"
+    shape: tuple[int, int, int], dtype: str, workspace: int | None, path: str = "one pass"
 ) -> Sizes:
     """The sizes that crpo_kernels chooses on a GPU whose memory is free."""
     rows, vocab, dim = shape
@@ -99,11 +99,11 @@ def planned(
             weight,
             rows,
             backend="triton",
-            mode="two_pass" if path.startswith("mode B") else "one_pass",
+            mode="two_pass" if path.startswith("two passes") else "one_pass",
             workspace_bytes=workspace,
             needs_weight_grad=PATHS[path].needs_weight,
             is_compiled=False,
-            needs_grad=path != "mode B recompute",  # nothing is kept for it
+            needs_grad=path != "two passes, recomputed",  # nothing is kept for it
         )
         asked = default_workspace(weight) if workspace is None else workspace
     group = min(plan.group_rows, rows)
@@ -170,20 +170,20 @@ def fp32_sum(s: Sizes) -> list[Step]:
     return [] if s.num_groups == 1 else [cast]
 
 
-def mode_a(s: Sizes) -> list[Step]:
+def one_pass(s: Sizes) -> list[Step]:
     """One pass: 6NVD."""
     gradients = [row_grad(s), d_hidden(s), d_weight(s), *fp32_sum(s)]
     return [z_product(s), row_stats(s), *gradients]
 
 
-def mode_b_cached(s: Sizes) -> list[Step]:
+def two_passes_kept(s: Sizes) -> list[Step]:
     """Two passes with E kept: 6NVD. One dZ of all rows."""
     whole = Sizes(s.rows, s.vocab, s.dim, s.item, s.chunk, s.rows, s.workspace)
     first = [z_product(s), row_stats(s), make_cache(s)]
     return [*first, cached_grad(s), d_hidden(whole), d_weight(whole)]
 
 
-def mode_b_recompute(s: Sizes) -> list[Step]:
+def two_passes_recomputed(s: Sizes) -> list[Step]:
     """Two passes with the logits computed twice: 8NVD."""
     first = [z_product(s), row_stats(s), z_product(s, "Z product again")]
     return [*first, row_grad(s), d_hidden(s), d_weight(s), *fp32_sum(s)]
@@ -228,9 +228,9 @@ class Path:
 
 
 PATHS = {
-    "mode A": Path(mode_a, 3),
-    "mode B cached": Path(mode_b_cached, 3),
-    "mode B recompute": Path(mode_b_recompute, 3),
+    "one pass": Path(one_pass, 3),
+    "two passes, E kept": Path(two_passes_kept, 3),
+    "two passes, recomputed": Path(two_passes_recomputed, 3),
     "frozen head": Path(frozen_head, 2, needs_weight=False),
     "scoring only": Path(scoring, 1, needs_weight=False),
     "fused scoring": Path(fused_scoring, 1, needs_weight=False),
@@ -240,17 +240,17 @@ PATHS = {
 def extra_memory(s: Sizes, path: str) -> dict[str, int]:
     """Bytes beyond the inputs that a path may hold: logits and gradient factors, fp32 sum, results.
 
-    Mode A's d_hidden exists twice in backward: scaled by the gradient from above into another
+    In one pass d_hidden exists twice in backward: scaled by the gradient from above into another
     tensor, so that it can run again. Vectors of one value a row are left out.
     """
     if path == "fused scoring":
         return {"sums of the splits": SPLIT_BYTES * s.order.num_splits * s.rows}
-    kept = {"scoring only": 0, "mode B cached": s.rows}.get(path, s.group)
+    kept = {"scoring only": 0, "two passes, E kept": s.rows}.get(path, s.group)
     pitch = padded(s.vocab)
-    has_sum = path in ("mode A", "mode B recompute") and s.num_groups > 1
+    has_sum = path in ("one pass", "two passes, recomputed") and s.num_groups > 1
     return {
         "fp32 logits": 4 * s.chunk * pitch,
-        "E cache" if path == "mode B cached" else "gradient factors": s.item * kept * pitch,
+        "E cache" if path == "two passes, E kept" else "gradient factors": s.item * kept * pitch,
         "fp32 part of d_hidden": 4 * min(kept, product_rows(s.dim)) * s.dim,
         "fp32 d_weight": 4 * s.vocab * s.dim if has_sum else 0,
         "d_hidden, twice": 0 if path == "scoring only" else 2 * s.item * s.rows * s.dim,
@@ -260,7 +260,7 @@ def extra_memory(s: Sizes, path: str) -> dict[str, int]:
 
 def table(path: str, s: Sizes, device: Device, dtype: str) -> str:
     """The steps of one path, their sum, and the memory it may hold."""
-    if path == "mode B cached" and not s.has_exps:
+    if path == "two passes, E kept" and not s.has_exps:
         size = s.item * s.rows * padded(s.vocab) / 2**30
         return f"{path}: E of all rows, {size:.2f} GiB, exceeds the workspace: recomputed instead"
     num_products, steps = PATHS[path].num_products, PATHS[path].steps(s)
@@ -308,7 +308,7 @@ def page(shape: tuple[int, int, int], device_name: str, dtype: str, workspace: i
         f"T{rows} V{vocab} D{dim} {dtype} on {device_name} ({device.title}): products "
         f"{device.product_flops(dtype) / 1e12:.0f} TFLOP/s, memory {device.bandwidth / 1e12:.2f} "
         f"TB/s (datasheet); sustained = {SUSTAINED_PRODUCTS:.0%} and {SUSTAINED_BANDWIDTH:.0%} of "
-        f"them (assumed). Workspace {sizes['mode A'].workspace / 2**30:.2f} GiB. A model, no "
+        f"them (assumed). Workspace {sizes['one pass'].workspace / 2**30:.2f} GiB. A model, no "
         "measurement."
     )
     return "\n\n".join([title, *(table(path, sizes[path], device, dtype) for path in PATHS)])

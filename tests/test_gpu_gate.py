@@ -109,7 +109,7 @@ def test_a_wrong_gradient_fails_and_values_pass(monkeypatch, tmp_path):
     assert written["has_failed"]
     values = [check["value"] for check in written["checks"] if not check["is_met"]]
     assert all(value == pytest.approx(0.01, rel=0.01) for value in values)
-    assert "failed: mode A: d_hidden" in gpu_gate.page(report)
+    assert "failed: one pass: d_hidden" in gpu_gate.page(report)
 
 
 @interpreted

@@ -28,7 +28,7 @@ def counted(path, sizes):
 
 
 def test_mode_a_by_hand():
-    assert counted("mode A", ONE) == {
+    assert counted("one pass", ONE) == {
         "Z product": (16_000, 2 * (80 + 2 * 1000) + 3200, True),  # the weight is read per chunk
         "row_stats": (6400, 3200, False),
         "row_grad": (4800, 3200 + 1600, False),
@@ -38,7 +38,7 @@ def test_mode_a_by_hand():
 
 
 def test_two_groups_add_to_a_fp32_sum():
-    steps = counted("mode A", TWO)
+    steps = counted("one pass", TWO)
     # the first group writes 4000 bytes, the second reads and writes them; rounded in backward
     assert steps["d_weight"] == (16_000, 1600 + 160 + 3 * 4000, True)
     assert steps["fp32 d_weight, rounded"] == (1000, 4000 + 2000, False)
@@ -48,8 +48,8 @@ def test_two_groups_add_to_a_fp32_sum():
 @pytest.mark.parametrize(
     ("path", "products", "names"),
     [
-        ("mode B cached", 3, ["Z product", "row_stats", "E cache", "row_grad of E"]),
-        ("mode B recompute", 4, ["Z product", "row_stats", "Z product again", "row_grad"]),
+        ("two passes, E kept", 3, ["Z product", "row_stats", "E cache", "row_grad of E"]),
+        ("two passes, recomputed", 4, ["Z product", "row_stats", "Z product again", "row_grad"]),
         ("frozen head", 3, ["Z product", "row_stats", "row_grad", "d_hidden"]),
         ("scoring only", 1, ["Z product", "row_stats"]),
     ],
@@ -61,7 +61,7 @@ def test_the_other_paths(path, products, names):
     if path == "frozen head":
         products = 2
     assert len(made) == products
-    if path == "mode B cached":
+    if path == "two passes, E kept":
         assert steps["E cache"][1] == 3200 + 1600
         assert steps["row_grad of E"][1] == 1600 + 1600
 
@@ -93,7 +93,7 @@ def test_a_floor_is_the_larger_of_both_and_says_which():
 
 
 def test_memory_by_hand():
-    assert roofline.extra_memory(TWO, "mode A") == {
+    assert roofline.extra_memory(TWO, "one pass") == {
         "fp32 logits": 4 * 4 * 112,  # rows on a pitch of 16 elements
         "gradient factors": 2 * 4 * 112,
         "fp32 part of d_hidden": 4 * 4 * 10,
@@ -102,19 +102,19 @@ def test_memory_by_hand():
         "d_weight": 2000,
     }
     assert sum(roofline.extra_memory(ONE, "scoring only").values()) == 16 * 112
-    assert roofline.extra_memory(ONE, "mode B cached")["E cache"] == 2 * 8 * 112
+    assert roofline.extra_memory(ONE, "two passes, E kept")["E cache"] == 2 * 8 * 112
     assert roofline.extra_memory(TWO, "frozen head")["fp32 d_weight"] == 0
 
 
 def test_the_sizes_are_those_of_the_plan():
     shape = (8192, 131072, 4096)
-    full = roofline.planned(shape, "bfloat16", None, "mode A")
+    full = roofline.planned(shape, "bfloat16", None, "one pass")
     assert (full.chunk, full.group, full.num_chunks, full.num_groups) == (1024, 8192, 8, 1)
     assert full.workspace == 4 * 131072 * 4096 + 8 * 1024 * 131072
-    small = roofline.planned(shape, "bfloat16", 1 << 30, "mode A")
+    small = roofline.planned(shape, "bfloat16", 1 << 30, "one pass")
     assert small.num_groups > 1
     assert 131072 * (4 * small.chunk + 2 * small.group) <= 1 << 30
-    assert roofline.planned(shape, "bfloat16", None, "mode B cached").has_exps
+    assert roofline.planned(shape, "bfloat16", None, "two passes, E kept").has_exps
     frozen = roofline.planned(shape, "bfloat16", None, "frozen head")
     assert frozen.group == frozen.chunk == 1024
 
@@ -146,8 +146,8 @@ def test_a_cache_that_does_not_fit_is_not_modelled(capsys):
     options = ["--shape", "8192,131072,4096", "--workspace", str(1 << 30)]
     assert main(["roofline", *options]) == 0
     out = capsys.readouterr().out
-    assert "mode B cached: E of all rows, 2.00 GiB, exceeds the workspace: recomputed" in out
-    assert "mode B recompute: 8NVD" in out
+    assert "two passes, E kept: E of all rows, 2.00 GiB, exceeds the workspace: recomputed" in out
+    assert "two passes, recomputed: 8NVD" in out
 
 
 @pytest.mark.parametrize("text", ["8192,131072", "8192,x,4096", "0,1,1", "1,2,3,4"])

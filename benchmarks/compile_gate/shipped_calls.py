@@ -49,10 +49,10 @@ OPTIONS: dict[str, tuple] = {
     "temperature": (0.7, "per token"),
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "shape": (LARGE, ODD),
-    "kept": ("all", "little"),  # of mode B
+    "kept": ("all", "little"),  # of two passes
 }
 
-OF_LOSS = ("policy", "kl", "rho", "old")  # in mode B the loss runs in torch
+OF_LOSS = ("policy", "kl", "rho", "old")  # in two passes the loss runs in torch
 
 
 def shipped_jobs() -> list[Job]:

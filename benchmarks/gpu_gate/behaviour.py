@@ -32,10 +32,10 @@ from .scale import Scale
 BYTES_OF_VECTORS = 256  # per row: constants of a call and its table of results
 ALLOCATOR = 1 << 25  # what a CUDA allocator adds by rounding sizes up
 PATHS = {
-    "A": "mode A",
-    "A_groups": "mode A",
-    "B": "mode B cached",
-    "B_recompute": "mode B recompute",
+    "one_pass": "one pass",
+    "one_pass_groups": "one pass",
+    "two_pass": "two passes, E kept",
+    "recompute": "two passes, recomputed",
     "frozen": "frozen head",
     "scored": "scoring only",
 }
@@ -50,7 +50,7 @@ def memory(part: Part, scale: Scale) -> None:
     for mode in modes():
 
         def check(mode: Candidate = mode) -> None:
-            path, is_small = PATHS[mode.key], mode.key in ("A_groups", "B_recompute")
+            path, is_small = PATHS[mode.key], mode.key in ("one_pass_groups", "recompute")
             asked = small_workspace(inputs) if is_small else None
             sizes = planned(shape, dtype, asked, path)
             step = (
@@ -72,7 +72,7 @@ def memory(part: Part, scale: Scale) -> None:
 
 def path_mode(path: str) -> str:
     """The ``mode`` of a path of the cost model."""
-    return "two_pass" if path.startswith("mode B") else "one_pass"
+    return "two_pass" if path.startswith("two passes") else "one_pass"
 
 
 def repeatability(part: Part, scale: Scale) -> None:

@@ -44,10 +44,10 @@ def modes(backend: str = "triton") -> list[Candidate]:
     """Every way through the head, as candidates."""
     one, two = "one_pass", "two_pass"
     return [
-        Candidate("A", "mode A", fused(one, backend)),
-        Candidate("A_groups", "mode A in groups", fused(one, backend, small_workspace)),
-        Candidate("B", "mode B cached", fused(two, backend)),
-        Candidate("B_recompute", "mode B recompute", fused(two, backend, small_workspace)),
+        Candidate("one_pass", "one pass", fused(one, backend)),
+        Candidate("one_pass_groups", "one pass in groups", fused(one, backend, small_workspace)),
+        Candidate("two_pass", "two passes, E kept", fused(two, backend)),
+        Candidate("recompute", "two passes, recomputed", fused(two, backend, small_workspace)),
         Candidate("frozen", "frozen head", fused(one, backend), num_products=2),
         Candidate("scored", "scoring only", scored(backend), num_products=1),
     ]
@@ -77,7 +77,7 @@ def precision(part: Part, scale: Scale) -> None:
                 error = rms(value, true, relative=False)
                 most = float((value.double() - true).abs().max())
                 part.at_most(f"{mode.title}: {name}, rms in nats", error, bound, largest=most)
-            limit = CACHED_LIMIT if mode.key == "B" else GRADIENT_LIMIT
+            limit = CACHED_LIMIT if mode.key == "two_pass" else GRADIENT_LIMIT
             check_gradients(part, mode.title, got, truth, columns, limit)
 
         part.run(mode.title, compare)

@@ -169,7 +169,7 @@ def launch_name(one: Any) -> str:
 
 
 def sweep_chunks(part: Part, scale: Scale, case: Case) -> None:
-    """Mode A with rings of other sizes."""
+    """One pass with rings of other sizes."""
     clock, inputs = Clock(scale.device), make_inputs(case, device=scale.device)
     step = fused("one_pass", "triton")
     for ring in (4, 8) if scale.is_rehearsal else (256, 512, 1024, 2048, 4096):

@@ -28,7 +28,7 @@ NUM_FACTORS = len(Factors._fields)
 
 
 class OnePassLoss(torch.autograd.Function):
-    """Mode A. Keeps finished gradients (or the factor dZ of d_weight): backward needs no weight."""
+    """one_pass. Keeps gradients (or the factor dZ of d_weight): backward needs no weight."""
 
     @staticmethod
     def forward(
@@ -75,7 +75,7 @@ class OnePassLoss(torch.autograd.Function):
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Mode B. Keeps the statistics, and the exponentials (or logits) of all rows where they fit."""
+    """two_pass. Keeps statistics, and the exponentials (or logits) of all rows where they fit."""
 
     @staticmethod
     def forward(

@@ -209,7 +209,7 @@ def score(factors: Factors, head: Head) -> tuple[RowTable, Tensor | None]:
 
 
 def one_pass(factors: Factors, head: Head, objective: Objective) -> tuple[Gradients, RowTable]:
-    """Mode A: the objective says the coefficients of a chunk while its logits are hot."""
+    """one_pass: the objective says the coefficients of a chunk while its logits are hot."""
     hidden, chunks = factors.hidden, Chunks(factors, head)
     table = RowTable(chunks.work.loss_columns, chunks.num_rows, hidden, stats_dtype(hidden))
 
@@ -227,7 +227,7 @@ def backprop(
     coefficients: Coefficients,  # of [n]
     kept: Tensor | None,  # [n, V] as `score` left it, overwritten
 ) -> Gradients:
-    """Mode B's second pass: gradients of all rows from known statistics and coefficients."""
+    """two_pass, the second one: gradients of all rows from known statistics and coefficients."""
 
     def take(rows: slice, _raw: Tensor) -> tuple[RowStats, Coefficients]:
         return stats.take(rows), coefficients.take(rows)

@@ -1,4 +1,4 @@
-"""Mode B's cache: the exponentials of all rows, from which their gradient needs no logits.
+"""What two_pass keeps: the exponentials of all rows, from which their gradient needs no logits.
 
     row_exp     E = e^(z - m) in hidden's dtype, while a chunk's logits are hot
     row_grad    (with IS_EXP)  p = E / s,  z - m = log E,  and E becomes d loss / d raw in place

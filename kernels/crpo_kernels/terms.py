@@ -4,8 +4,8 @@
              + entropy_weights_t * H_t + z_loss_weights_t * lse_t^2
     g_t = d loss_t / d logprob_t        q_t = d loss_t / d H_t        l_t = d loss_t / d lse_t
 
-g, q and l are everything that the gradient of the head needs to know about a loss. Mode A evaluates
-this per chunk while the chunk's logits are hot, mode B and the oracle once for all rows.
+g, q and l are everything that the gradient of the head needs to know about a loss. one_pass
+evaluates this per chunk while its logits are hot, two_pass and the oracle once for all rows.
 """
 
 from __future__ import annotations

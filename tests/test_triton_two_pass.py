@@ -1,4 +1,4 @@
-"""Mode B on the Triton backend: kept exponentials and logits that are computed again, against fp64.
+"""Two passes on Triton: kept exponentials and logits that are computed again, against fp64.
 
 With E = e^(z - m) kept in bf16 a gradient is rounded twice. On a GPU both round to nearest: the
 tests that say so patch the interpreter, whose own bf16 stores truncate (twice the error, one sign).
