@@ -88,7 +88,7 @@ def head_options(model: PreTrainedModel) -> dict[str, float]:
     return options
 
 
-def _check_parameters(model: PreTrainedModel) -> None:
+def _check_parameters(model: Any) -> None:
     """Refuse what belongs neither to the decoder nor to the head: the loss would not train it.
 
     A bias of 0, a factor of 1 and a layer that is the identity so far show in no logits.

@@ -67,8 +67,10 @@ def install_head(
         )
     from accelerate.utils import extract_model_from_parallel  # TRL brings it
 
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = extract_model_from_parallel(
+        model, keep_fp32_wrapper=False, keep_torch_compile=False
+    )
+    model = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     head = model.get_output_embeddings()
     if isinstance(head.weight, DTensor) or head.weight.dim() != 2:
         raise ConfigError(
