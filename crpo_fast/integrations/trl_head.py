@@ -65,19 +65,8 @@ def install_head(
             f"kernel_options: expected names among {', '.join(OPTIONS)}, got {unknown[0]!r}. "
             "Leave it out."
         )
-    from accelerate.utils import extract_model_from_parallel  # TRL brings it
-
-    inner: Any = extract_model_from_parallel(
-        model, keep_fp32_wrapper=False, keep_torch_compile=False
-    )
-    model = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    model = _inner(model)
     head = model.get_output_embeddings()
-    if isinstance(head.weight, DTensor) or head.weight.dim() != 2:
-        raise ConfigError(
-            "model: expected whole weights when the trainer is made, got a part of the head (the "
-            "reference's under FSDP, any under ZeRO-3). Set GRPOConfig(beta=0.0) or pass "
-            "peft_config, which need no second model, or use DDP or ZeRO-2."
-        )
     for_generation = head.forward
     vars(head).pop("forward", None)  # TRL's cast to fp32, which takes no function
     add_fused_head(model)
@@ -111,6 +100,28 @@ def install_head(
 
     model.forward = types.MethodType(forward, model)
     head.forward = head_forward
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model in accelerate's and peft's wrappers.
+
+    Raises:
+        ConfigError: a part of its head is on other ranks.
+    """
+    from accelerate.utils import extract_model_from_parallel  # TRL brings it
+
+    inner: Any = extract_model_from_parallel(
+        model, keep_fp32_wrapper=False, keep_torch_compile=False
+    )
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    weight = inner.get_output_embeddings().weight
+    if isinstance(weight, DTensor) or weight.dim() != 2:
+        raise ConfigError(
+            "model: expected whole weights when the trainer is made, got a part of the head (the "
+            "reference's under FSDP, any under ZeRO-3). Set GRPOConfig(beta=0.0) or pass "
+            "peft_config, which need no second model, or use DDP or ZeRO-2."
+        )
+    return inner
 
 
 def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, **head: Any) -> HeadOutput:
