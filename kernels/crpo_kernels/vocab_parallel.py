@@ -24,10 +24,11 @@ Chunks have the same rows on every rank: they are planned by the largest shard, 
 agree on.
 
 Before anything else ranks tell each other what they were called with, in one all-to-all of a few
-integers: whether shards tile the vocabulary, whether all else is the same everywhere. Wrong calls
-raise the same error on every rank then, and nobody waits. On a CPU each call is checked. On a GPU,
-where reading the answer stops the host, the first call of a layout (group, start, shape and dtype
-of the shard) is, and every call with CRPO_CHECK_LABELS=1 in the environment.
+integers: whether shards tile the vocabulary, whether all else is the same everywhere. Calls that do
+not fit together raise the same error on every rank then, and nobody waits; what is wrong on one
+rank alone (two dtypes, say) raises there, before. On a CPU each call is checked. On a GPU, where
+reading the answer stops the host, the first call of a layout (group, start, shape and dtype of the
+shard) is, and every call with CRPO_CHECK_LABELS=1 in the environment.
 """
 
 from __future__ import annotations
