@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from crpo_fast import distributed, policy
 from crpo_fast.attention import choose_attention
-from crpo_fast.block_kernels import use_liger
+from crpo_fast.block_kernels import COMPARED, use_liger
 from crpo_fast.distributed import World
 from crpo_fast.loss import LossSpec
 from crpo_fast.packing import Sequence
@@ -30,6 +30,7 @@ SEQUENCES = [
     Sequence([5, 6, 7], [8, 9, 10, 11], [0, 0, 1, 1], [-5.0] * 4, 1.0),
     Sequence([5, 6], [12, 13], [0, 1], [-5.5] * 2, -0.5),
 ]
+TOKENS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 SPEC = LossSpec(ObjectiveSpec("clip", clip_low=0.2, clip_high=0.2), "token_mean", (-0.05, 0.05))
 
 
@@ -52,7 +53,8 @@ def mend_interpreter() -> None:
 
 def make(architecture: str) -> Any:
     """The same fp32 weights each time; norm weights away from their first values."""
-    config = AutoConfig.for_model(architecture, **SIZES)
+    layers = 2 if architecture in ("llama", "qwen3", "gemma2") else 1
+    config = AutoConfig.for_model(architecture, **{**SIZES, **TOKENS, "num_hidden_layers": layers})
     torch.manual_seed(0)
     attention, _ = choose_attention("auto", "cpu", "float32", config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -94,7 +96,7 @@ def compared(architecture: str, world: World) -> dict[str, Any]:
 def main() -> None:
     mend_interpreter()
     world = distributed.init(threads=1)
-    print(json.dumps({name: compared(name, world) for name in ("llama", "qwen3", "gemma2")}))
+    print(json.dumps({name: compared(name, world) for name in COMPARED}))
     distributed.shutdown()
 
 
