@@ -114,8 +114,8 @@ def _inner(model: Any) -> Any:
         model, keep_fp32_wrapper=False, keep_torch_compile=False
     )
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    weight = inner.get_output_embeddings().weight
-    if isinstance(weight, DTensor) or weight.dim() != 2:
+    weight = getattr(inner.get_output_embeddings(), "weight", None)
+    if isinstance(weight, DTensor) or (isinstance(weight, Tensor) and weight.dim() != 2):
         raise ConfigError(
             "model: expected whole weights when the trainer is made, got a part of the head (the "
             "reference's under FSDP, any under ZeRO-3). Set GRPOConfig(beta=0.0) or pass "
