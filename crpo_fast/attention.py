@@ -52,7 +52,7 @@ def choose_attention(
     """Returns the attention implementation and the reason for it.
 
     ``auto`` is the newest installed flash attention on CUDA where ``compute_dtype`` (of the config)
-    is one that it takes, ``sdpa_packed`` everywhere else.
+    is one that it takes and the model is one that it can serve, ``sdpa_packed`` everywhere else.
 
     Args:
         requested: "auto" or an implementation of transformers.
@@ -61,11 +61,16 @@ def choose_attention(
         model_config: of transformers; None: of a model that sdpa can serve.
     """
     name, reason = _choice(requested, device, compute_dtype)
-    if name != SDPA_PACKED or model_config is None:
+    if model_config is None or requested not in ("auto", SDPA_PACKED):
         return name, reason
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    if name != SDPA_PACKED:
+        if getattr(architecture, "_supports_flash_attn", True):
+            return name, reason
+        reason = f"sdpa, as transformers has no flash attention for {model_config.model_type}"
+        name = SDPA_PACKED
     if getattr(model_config, "attn_logit_softcapping", None):
         return PACKED_SOFTCAP, "plain products, as sdpa has no soft cap of scores"
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
     if not getattr(architecture, "_supports_sdpa", True):
         return "eager", f"sdpa cannot serve {model_config.model_type} in transformers"
     return name, reason

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from crpo_fast.attention import check_attention, choose_attention
 from crpo_fast.config import ConfigError
@@ -158,6 +159,11 @@ def test_choice_of_attention(monkeypatch):
     assert choose_attention("auto", "cuda:0")[0] == "flash_attention_2"
     present.add("flash_attn_3")
     assert choose_attention("auto", "cuda:0")[0] == "flash_attention_3"
+    for model_type, expected in (("llama", "flash_attention_3"), ("doge", "sdpa_packed")):
+        config = AutoConfig.for_model(model_type)
+        name, reason = choose_attention("auto", "cuda:0", model_config=config)
+        assert name == expected, model_type
+    assert reason == "sdpa, as transformers has no flash attention for doge"
     name, reason = choose_attention("auto", "cuda", "float32")  # which flash attention refuses
     assert (name, "takes bfloat16 and not float32" in reason) == ("sdpa_packed", True)
     present.clear()
