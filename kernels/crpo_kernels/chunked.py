@@ -28,7 +28,7 @@ from .factors import NO_NEEDS, Factors, Needs
 from .plan import SLAB_BYTES, Plan, is_separate, padded, product_rows, raw_dtype
 from .products import add_product, product, scaled, without_autocast
 from .quantised import put_logits
-from .row_table import OUTPUTS, SUMS, ExpWork, Objective, RowTable, RowWork
+from .row_table import OUTPUTS, SUMS, Objective, RowTable, RowWork, exp_work
 from .rows import LogitView, RowStats
 from .rows_compiled import CompiledRows
 from .rows_torch import EagerRows
@@ -165,7 +165,7 @@ class Chunks:
         d_raw = self.d_raw[rows.start - first : rows.stop - first]
         labels, view = self.head.labels[rows], self.view_of(rows)
         if self.has_exps:
-            self._exp_work().grad_of_exps_(raw, labels, view, stats, coefficients)
+            exp_work(self.work).grad_of_exps_(raw, labels, view, stats, coefficients)
         else:
             self.work.grad_(raw, d_raw, labels, view, stats, coefficients)
 
@@ -176,11 +176,7 @@ class Chunks:
     def put_exps(self, rows: slice, raw: Tensor, exps: Tensor, table: RowTable) -> None:
         """The exponentials of a chunk whose statistics are in the table, into ``exps``."""
         maximum = table.column("maximum", rows)
-        self._exp_work().put_exps(raw, exps[rows], self.view_of(rows), maximum)
-
-    def _exp_work(self) -> ExpWork:
-        assert isinstance(self.work, ExpWork), "planned for a backend that keeps no exponentials"
-        return self.work
+        exp_work(self.work).put_exps(raw, exps[rows], self.view_of(rows), maximum)
 
 
 def score(factors: Factors, head: Head) -> tuple[RowTable, Tensor | None]:

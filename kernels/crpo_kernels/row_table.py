@@ -142,3 +142,9 @@ class ExpWork(RowWork, Protocol):
         coefficients: Coefficients,
     ) -> None:
         """Turn exponentials into d loss / d raw in place."""
+
+
+def exp_work(work: RowWork) -> ExpWork:
+    """``work`` of a plan that keeps exponentials."""
+    assert isinstance(work, ExpWork), "planned for a backend that keeps no exponentials"
+    return work

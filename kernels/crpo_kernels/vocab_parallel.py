@@ -44,7 +44,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .host import check_not_capturing
-from .row_table import UNJOINED, ExpWork, RowTable, RowWork
+from .row_table import UNJOINED, RowTable, RowWork, exp_work
 from .rows import LOWEST_LOGIT, LogitView, RowStats, finish_stats
 from .rows_torch import TorchRows
 from .spec import RunOptions
@@ -178,7 +178,7 @@ class ShardedRows(TorchRows):
     def put_exps(self, raw: Tensor, exps: Tensor, view: LogitView, maximum: Tensor) -> None:
         """Write e^(z - m) of this shard's columns, m the joined maximum."""
         if raw.shape[1]:
-            self._exp_work().put_exps(raw, exps, view, maximum)
+            exp_work(self.work).put_exps(raw, exps, view, maximum)
 
     def grad_of_exps_(
         self,
@@ -190,11 +190,7 @@ class ShardedRows(TorchRows):
     ) -> None:
         """Turn exponentials into d loss / d raw in place."""
         if exps.shape[1]:
-            self._exp_work().grad_of_exps_(exps, labels, view, stats, coefficients)
-
-    def _exp_work(self) -> ExpWork:
-        assert isinstance(self.work, ExpWork), "planned for a backend that keeps no exponentials"
-        return self.work
+            exp_work(self.work).grad_of_exps_(exps, labels, view, stats, coefficients)
 
 
 def put_sums(table: RowTable, rows: slice, sums: Tensor) -> None:
