@@ -57,9 +57,7 @@ class ModelConfig:
     build: BuildConfig = field(default_factory=BuildConfig)
     compute_dtype: str = "bfloat16"  # bfloat16 | float32 | float64, of activations
     attention: str = "auto"  # auto (flash, else sdpa_packed) | a name of transformers
-    block_kernels: str = (
-        "auto"  # auto (Liger's on a GPU where installed and compared, else none) | liger | none
-    )
+    block_kernels: str = "auto"  # auto (Liger's on a GPU, where compared) | liger | none
     activation_checkpointing: bool = False  # less memory, one more forward pass
     freeze_head: bool = False  # train neither lm_head nor an embedding tied to it
 
