@@ -199,10 +199,16 @@ def _run(name: str) -> str:
     )
 
 
-TARGETS = {  # files of the block of limits -> what makes them
-    "targets": "--sizes 512,151936,1024 512,49152,576 2048,49152,576 8192,49152,576 "
-    "2048,151936,1024 --only one_pass --rounds 2 --seconds 420",
-    "targets_t8192": "--sizes 8192,151936,1024 --only one_pass --rounds 1 --seconds 330",
+LOSS_FILES = {  # blocks of further runs of `loss` -> name of a run -> what makes it
+    "targets": {
+        "targets": "--sizes 512,151936,1024 512,49152,576 2048,49152,576 8192,49152,576 "
+        "2048,151936,1024 --only one_pass --rounds 2 --seconds 420",
+        "targets_t8192": "--sizes 8192,151936,1024 --only one_pass --rounds 1 --seconds 330",
+    },
+    "peers": {
+        "peers": "--shape llama3-8b qwen3-1.7b qwen3-8b qwen3.5 gemma-256k --only one_pass "
+        "liger_scaled trl verl_torch cce_compiled compiled --rounds 2 --seconds 840",
+    },
 }
 MEASURED = {  # blocks that a command of the same name fills, with the picture's words
     "loss": "Milliseconds of each candidate, with the floor",
@@ -227,16 +233,17 @@ def measured_block(name: str, device: str = "cpu") -> str:
     return text if picture in text else f"{text}\n\n![{MEASURED[name]}]({picture})"
 
 
-def targets_block() -> str:
-    """The shapes with a limit over the bare products on a CPU: a line each, and the limits."""
+def loss_block(block: str) -> str:
+    """Further runs of `loss` on a CPU: a line for each shape, and the limits."""
     parts, targets = [], []
-    for name, options in TARGETS.items():
+    for name, options in LOSS_FILES[block].items():
         report = load(f"loss_cpu_{name}")
         if report is None:
             command = f"python -m benchmarks loss --device cpu {options} --name {name}"
             parts.append(f"{NOT_MEASURED} `{command}` makes this part.")
             continue
-        parts += [headline(report), loss_plot.overview(report["cases"])]
+        every = f"Every candidate: [loss_cpu_{name}.md](benchmarks/results/loss_cpu_{name}.md)."
+        parts += [f"{headline(report)} {every}", loss_plot.overview(report["cases"])]
         targets += report["targets"]
     return "\n\n".join([*parts, loss_plot.target_table(targets)] if targets else parts)
 
@@ -267,7 +274,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "dual": dual_block,
     "smollm2": smollm2_block,
     **{name: partial(measured_block, name) for name in MEASURED},
-    "targets": targets_block,
+    **{name: partial(loss_block, name) for name in LOSS_FILES},
     "gpu": gpu_block,
 }
 
