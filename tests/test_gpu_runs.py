@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import children
 from crpo_fast.models import build_model, export_model, train_tokenizer
 from crpo_fast.stages import StageGrammar
 from numerics import assert_near, make_problem, run_loss, spec_of
@@ -65,8 +65,6 @@ def finite_run(root: Path, folder: Path, options: dict[str, Any]) -> tuple[str, 
         for name, value in {**QUICK, **options}.items()
     ]
     command = [*launcher, "crpo_fast/train.py", "configs/quickstart.toml", *arguments]
-    folders = [str(folder) for folder in (root, root / "kernels", root / "tests")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run(
         [*command, f"--run.dir={folder}"],
         capture_output=True,
@@ -74,7 +72,7 @@ def finite_run(root: Path, folder: Path, options: dict[str, Any]) -> tuple[str, 
         timeout=540,
         check=False,
         cwd=root,
-        env=environment,
+        env=children.environment(),
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-6000:]

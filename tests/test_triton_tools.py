@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import children
 import triton_tools
 from triton_tools import Guarded
 
@@ -17,8 +17,8 @@ def test_the_variable_is_left_as_it_was():
     """A process that a test starts must see what the user's shell says."""
     code = "import os, sys; sys.path.insert(0, 'tests'); import conftest; print(dict(os.environ))"
     for value in (None, "1"):
-        environment = {k: v for k, v in os.environ.items() if k != triton_tools.VARIABLE}
-        environment |= {"PYTHONPATH": os.pathsep.join(["kernels", "tests"])}
+        environment = children.environment()
+        environment.pop(triton_tools.VARIABLE, None)
         environment |= {} if value is None else {triton_tools.VARIABLE: value}
         made = subprocess.run(
             [sys.executable, "-c", code],
